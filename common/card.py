@@ -1,0 +1,74 @@
+"""What a gateway must know of a served model. Workers announce it, gateways read it; it travels as msgpack."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common import wire
+from common.errors import WireError
+
+LANE_LENGTH = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """One served model. `lane` names its keys on Redis; limits are those of the announcing worker.
+
+    `tokenizer_digest` finds the tokenizer blob (the bytes of tokenizer.json). `special_ids` are the ids that
+    `skip_special_tokens` hides. `default_sampling` is what the model's generation_config asks for. `aliases` are further
+    names clients may use.
+    """
+
+    lane: str
+    served_name: str
+    aliases: tuple[str, ...]
+    model_id: str
+    revision: str
+    architecture: str
+    dtype: str
+    quantize: str
+    created: int
+    vocab_size: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    kv_tokens: int
+    tokenizer_digest: str
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    special_ids: tuple[int, ...]
+    default_sampling: dict[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+
+
+def lane_of(served_name: str, weights_digest: str, tokenizer_digest: str, dtype: str, quantize: str) -> str:
+    """Six characters of [a-z2-7] that change whenever an answer could: a job never changes model on its way."""
+    text = "\0".join((served_name, weights_digest, tokenizer_digest, dtype, quantize))
+    return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:LANE_LENGTH]
+
+
+def encode_card(card: ModelCard) -> bytes:
+    return wire.pack([wire.VERSION, "card", asdict(card)])
+
+
+def decode_card(data: bytes) -> ModelCard:
+    """Inverse of `encode_card`.
+
+    Raises:
+        WireError: if the bytes are not a card of this version.
+    """
+    value = wire.unpack(data)
+    if not isinstance(value, list) or value[:2] != [wire.VERSION, "card"]:
+        raise WireError("not a model card of this version")
+    fields = value[2]
+    tuples = ("aliases", "eos_token_ids", "special_ids", "adapters")
+    try:
+        return ModelCard(**(fields | {name: tuple(fields[name]) for name in tuples}))
+    except (KeyError, TypeError) as error:
+        raise WireError(f"not a model card: {error}") from error

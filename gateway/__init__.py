@@ -1,0 +1,1 @@
+"""HTTP in, tokens out: the processes that face clients. No torch here."""

@@ -1,0 +1,1 @@
+"""Redis in, tensors through, tokens out: the processes that hold a model."""

@@ -1,0 +1,158 @@
+"""The narrow waist between agent and engine process: length-prefixed msgpack over one socket, few verbs, plain values.
+
+agent -> engine                                 engine -> agent
+  Submit   start (or go on with) a request        Progress  bytes loaded so far
+  Abort    drop these requests                    Ready     the model is loaded, with its limits
+  Commit   steps up to here are on Redis          Step      tokens and ends of one engine step, with counters
+  Stop     leave when told                        Failed    one sentence why the engine cannot go on
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common import wire
+from common.errors import WireError
+from common.job import LogprobKind, PenaltyKind, SamplingParams
+
+HEADER = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """`output_ids` are the tokens the job's log already holds; the engine prefills prompt + output and goes on.
+
+    (request_id, epoch) names one run of a job: a late answer of an older run is told apart by its epoch.
+    `is_suspect`: a job that saw a worker die runs its first step without new company.
+    """
+
+    request_id: str
+    epoch: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: list[int]
+    cache_salt: str = ""
+    is_suspect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Steps up to `step` are durable. The engine pauses when 64 steps or 2 s of work are uncommitted."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` say why the limits are what they are."""
+
+    vocab_size: int
+    dtype: str
+    quantize: str
+    weights_digest: str
+    kv_tokens: int
+    block_size: int
+    max_num_seqs: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    step_limit_s: float
+    reasons: list[str]
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenRun:
+    """New tokens of one request in one step. `top_tokens`: per token a list of (id, logprob), empty when not asked.
+
+    `finish`: "" | "length" | "eos_token" | "error"; with "error", `error` says what went wrong with this request.
+    """
+
+    request_id: str
+    epoch: int
+    ids: list[int]
+    logprobs: list[float]
+    top_tokens: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """`stats` holds counters since start: steps, batch_max, preemptions, prefix_hits, prefix_hit_tokens, chunked_prompts,
+    running, waiting, blocks_free, blocks_total, prefill_tokens, decode_tokens, step_ms (of this step)."""
+
+    step: int
+    runs: list[TokenRun]
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    message: str
+
+
+Message = Submit | Abort | Commit | Stop | Progress | Ready | Step | Failed
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Submit, Abort, Commit, Stop, Progress, Ready, Step, Failed)
+}
+
+
+def encode(message: Message) -> bytes:
+    """One framed message: 4 bytes of little-endian length, then msgpack [kind, fields]."""
+    body = wire.pack([type(message).__name__, asdict(message)])
+    return HEADER.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Message:
+    """Inverse of `encode`, without the header.
+
+    Raises:
+        WireError: if the body is not a known message.
+    """
+    try:
+        name, fields = wire.unpack(body)
+        if name == "Submit":
+            fields["params"] = _params(fields["params"])
+        if name == "Step":
+            fields["runs"] = [_run(run) for run in fields["runs"]]
+        message: Message = KINDS[name](**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"not an engine message: {error}") from error
+    return message
+
+
+def _params(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(
+        **fields
+        | {
+            "stop": tuple(fields["stop"]),
+            "stop_token_ids": tuple(fields["stop_token_ids"]),
+            "penalty_kind": PenaltyKind(fields["penalty_kind"]),
+            "logprob_kind": LogprobKind(fields["logprob_kind"]),
+        }
+    )
+
+
+def _run(fields: dict[str, Any]) -> TokenRun:
+    tops = [[(int(token), float(logprob)) for token, logprob in row] for row in fields["top_tokens"]]
+    return TokenRun(**fields | {"top_tokens": tops})
