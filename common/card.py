@@ -18,8 +18,8 @@ class ModelCard:
     """One served model. `lane` names its keys on Redis; limits are those of the announcing worker.
 
     `tokenizer_digest` finds the tokenizer blob (the bytes of tokenizer.json). `special_ids` are the ids that
-    `skip_special_tokens` hides. `default_sampling` is what the model's generation_config asks for. `aliases` are further
-    names clients may use.
+    `skip_special_tokens` hides. `default_sampling` is what the model's generation_config asks for. `aliases` are
+    further names clients may use.
     """
 
     lane: str

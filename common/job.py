@@ -1,4 +1,4 @@
-"""The job as every process sees it: what was asked, how it stands and which tokens it has. Plain values, no behaviour."""
+"""The job as every process sees it: what was asked, how it stands, which tokens it has. Plain values, no behaviour."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class TopToken:
 class TokenColumns:
     """A contiguous run of output tokens as parallel columns; offset `start` counts tokens from the job's first.
 
-    `pieces` are the texts that each token released (special tokens with their text). `top_tokens` is None unless the job
-    asked for alternatives.
+    `pieces` are the texts that each token released (special tokens with their text). `top_tokens` is None unless the
+    job asked for alternatives.
     """
 
     start: int

@@ -1,0 +1,297 @@
+"""Every option of every process, declared once: flag, environment name, default and help come from here.
+
+A flag wins over the environment, the environment over the default; there is no configuration file. TGI's options keep
+their bare environment names (`MODEL_ID`, `PORT`), ours start with `INFERFLEET_`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import sys
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from common.errors import ConfigurationError
+
+SettingsType = TypeVar("SettingsType", bound=BaseSettings)
+
+WITHOUT_MEANING: dict[str, tuple[int, str]] = {
+    "validation-workers": (1, "tokenisation runs in the gateway's own threads"),
+    "waiting-served-ratio": (1, "prefill chunks and decode steps share every batch"),
+    "max-waiting-tokens": (1, "prefill chunks and decode steps share every batch"),
+    "max-batch-total-tokens": (1, "it follows from the memory for KV blocks"),
+    "max-batch-size": (1, "use --max-num-seqs"),
+    "prometheus-port": (1, "metrics are on the gateway's port and on --metrics-port of a worker"),
+    "shard-uds-path": (1, "there are no shard sockets"),
+    "master-addr": (1, "this version serves one rank a worker"),
+    "master-port": (1, "this version serves one rank a worker"),
+    "weights-cache-override": (1, "use --huggingface-hub-cache"),
+    "disable-custom-kernels": (0, "there are no kernels to disable on this path"),
+    "watermark-gamma": (1, "watermarks are not applied"),
+    "watermark-delta": (1, "watermarks are not applied"),
+    "ngrok": (0, "TGI's own ngrok tunnel no longer works either"),
+    "ngrok-authtoken": (1, "TGI's own ngrok tunnel no longer works either"),
+    "ngrok-edge": (1, "TGI's own ngrok tunnel no longer works either"),
+    "disable-grammar-support": (0, "grammars are refused in this version"),
+    "usage-stats": (1, "no usage statistics are ever sent"),
+    "otlp-endpoint": (1, "traces are not exported in this version"),
+    "otlp-service-name": (1, "traces are not exported in this version"),
+    "cuda-graphs": (1, "this version runs on the CPU"),
+    "cuda-memory-fraction": (1, "this version runs on the CPU; use --kv-tokens"),
+    "gpu-memory-utilization": (1, "this version runs on the CPU; use --kv-tokens"),
+    "max-image-fetch-size": (1, "images are not accepted"),
+}
+"""TGI's (and a few of vLLM's) options that parse but change nothing: number of values and the reason that is shown."""
+
+
+def option(default: Any, help_text: str, *names: str, **extra: Any) -> Any:
+    """A setting. With `names` the first is its bare environment and flag name, the others are aliases."""
+    if names:
+        extra["validation_alias"] = AliasChoices(*names)
+    return Field(default, description=help_text, **extra)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return text == "localhost"
+    return True
+
+
+class _Environment(EnvSettingsSource):
+    """The environment without a HOSTNAME that shells and container engines set to the machine's own name."""
+
+    def _load_env_vars(self) -> Any:
+        found = dict(super()._load_env_vars())
+        if not _is_address(found.get("hostname") or "localhost"):
+            del found["hostname"]
+        return {name: value for name, value in found.items() if value != ""}
+
+
+def _split_commas(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list):
+        return [piece for part in value for piece in _split_commas(part)]
+    return value
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class CommonSettings(BaseSettings):
+    """Options of every process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="INFERFLEET_",
+        extra="ignore",
+        populate_by_name=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+    )
+
+    redis_url: SecretStr | None = option(
+        None, "Redis or Valkey >= 7.0 as redis://, rediss:// or unix://; none: `up` starts its own", "redis_url"
+    )
+    data_dir: str = option(".inferfleet", "folder for the embedded Redis and its append-only file")
+    json_output: bool = option(False, "log JSON lines", "json_output")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "least severe messages to log", "log_level"
+    )
+    lease: PositiveFloat = option(6.0, "seconds without a heartbeat after which a worker is declared dead")
+    ephemeral: bool = option(False, "no append-only file, and results are erased 60 s after their end")
+    max_attempts: PositiveInt = option(3, "deaths of a worker, without a new token, after which a job is a dead letter")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+
+class GatewaySettings(CommonSettings):
+    """Options of `inferfleet gateway`."""
+
+    hostname: str = option("127.0.0.1", "address to listen on", "hostname", "host")
+    port: Annotated[int, Field(ge=0, le=65535)] = option(8080, "port to listen on", "port", "p")
+    gateway_id: str = option("", "name of this gateway on Redis; random when empty", max_length=64)
+    api_key: SecretStr | None = option(None, "key of tenant `default`, which may also administer", "api_key")
+    max_concurrent_requests: PositiveInt = option(
+        1024, "requests one gateway holds open at a time; above it 429", "max_concurrent_requests"
+    )
+    max_best_of: PositiveInt = option(2, "largest `best_of`", "max_best_of")
+    max_stop_sequences: PositiveInt = option(4, "stop sequences per request", "max_stop_sequences")
+    max_top_n_tokens: Annotated[int, Field(ge=0, le=100)] = option(5, "largest `top_n_tokens`", "max_top_n_tokens")
+    max_client_batch_size: PositiveInt = option(4, "prompts per /v1/completions request", "max_client_batch_size")
+    payload_limit: PositiveInt = option(2_000_000, "bytes of a request body", "payload_limit")
+    cors_allow_origin: Names = option(["*"], "origins that browsers may call from", "cors_allow_origin")
+    disconnect_grace: Annotated[float, Field(ge=0)] = option(
+        10.0, "seconds that a request lives on after its client has gone"
+    )
+    keep_alive: PositiveFloat = option(15.0, "seconds of silence on a stream before a comment is sent")
+    max_queued_tokens: PositiveInt = option(1_000_000, "tokens that may wait per model before submissions get 429")
+    max_jobs_per_tenant: PositiveInt = option(10_000, "unfinished jobs of one tenant before it gets 429")
+    metrics_need_key: bool = option(False, "guard /metrics by the API key")
+
+
+class WorkerSettings(CommonSettings):
+    """Options of `inferfleet worker`."""
+
+    model_id: str = option("", "local folder or hub id; empty: the built-in demo model", "model_id", "model")
+    revision: str | None = option(None, "branch, tag or commit of a hub id", "revision")
+    served_model_name: Names = option([], "names clients may use for the model", "served_model_name")
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = option(
+        "auto", "type of weights and KV; auto: as in the checkpoint", "dtype"
+    )
+    load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape", "load_format")
+    num_shard: Annotated[int, Field(ge=1)] = option(
+        1, "ranks of tensor parallelism", "num_shard", "tensor_parallel_size"
+    )
+    sharded: bool | None = option(None, "TGI's switch for tensor parallelism", "sharded")
+    quantize: str | None = option(None, "quantisation scheme", "quantize", "quantization")
+    kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
+    speculate: int = option(0, "length of speculated n-grams", "speculate")
+    lora_adapters: Names = option([], "adapters as name=path", "lora_adapters")
+    rope_scaling: str | None = option(None, "overrides the rope scaling of the config", "rope_scaling")
+    rope_factor: float | None = option(None, "overrides the rope factor of the config", "rope_factor")
+    enable_prefill_logprobs: bool = option(False, "logprobs of the prompt", "enable_prefill_logprobs")
+    trust_remote_code: bool = option(False, "accepted, but code from a checkpoint is never run", "trust_remote_code")
+    max_input_tokens: PositiveInt | None = option(None, "longest prompt", "max_input_tokens", "max_input_length")
+    max_total_tokens: PositiveInt | None = option(
+        None, "longest prompt and output together", "max_total_tokens", "max_model_len"
+    )
+    max_batch_prefill_tokens: PositiveInt | None = option(
+        None, "prompt tokens per engine step", "max_batch_prefill_tokens", "max_num_batched_tokens"
+    )
+    max_num_seqs: Annotated[int, Field(gt=0, le=4096)] = option(256, "requests in one batch", "max_num_seqs")
+    kv_tokens: PositiveInt | None = option(None, "tokens of KV cache; none: chosen from the free memory")
+    block_size: Literal[8, 16, 32, 64, 128] = option(16, "tokens per KV block", "block_size")
+    prefix_caching: bool = option(
+        True, "reuse the KV of equal prompt beginnings", "prefix_caching", "enable_prefix_caching"
+    )
+    attention: Literal["auto", "cpu", "reference"] = option("auto", "attention implementation")
+    worker_id: str = option("", "name of this worker on Redis; random when empty", max_length=64)
+    threads: Annotated[int, Field(ge=0)] = option(0, "CPU threads of the engine; 0: all cores this worker may use")
+    step_limit: PositiveFloat = option(60.0, "seconds after which a step that does not end kills the engine")
+    graceful_termination_timeout: Annotated[float, Field(ge=0)] = option(
+        90.0, "seconds that running jobs get to finish at SIGTERM", "graceful_termination_timeout", "g"
+    )
+    chat_template: str | None = option(None, "file with a chat template that replaces the model's", "chat_template")
+    tokenizer_config_path: str | None = option(
+        None, "tokenizer_config.json whose chat template replaces the model's", "tokenizer_config_path"
+    )
+    huggingface_hub_cache: str | None = option(None, "folder for downloads from the hub", "huggingface_hub_cache")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = option(0, "port of this worker's own metrics; 0: none")
+
+    @field_validator(
+        "num_shard",
+        "speculate",
+        "lora_adapters",
+        "quantize",
+        "sharded",
+        "rope_scaling",
+        "rope_factor",
+        "enable_prefill_logprobs",
+        "kv_cache_dtype",
+    )
+    @classmethod
+    def _not_in_this_version(cls, value: Any, info: Any) -> Any:
+        if value not in (None, 0, 1, False, [], "", "auto", "none"):
+            raise ValueError("is not available in this version")
+        return value
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short_dtype(cls, value: Any) -> Any:
+        return {"half": "float16", "float": "float32"}.get(value, value)
+
+
+class UpSettings(GatewaySettings, WorkerSettings):
+    """Options of `inferfleet up`: those of gateway and worker, and how many of each."""
+
+    workers: Annotated[int, Field(ge=0, le=64)] = option(1, "worker processes")
+    gateways: Annotated[int, Field(ge=1, le=64)] = option(1, "gateway processes, on ports counted up from --port")
+    fresh: bool = option(False, "drop the jobs of the last run")
+    redis_maxmemory: str = option("", "memory limit of the embedded Redis, such as 2gb")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors become ConfigurationError, with the closest name for an unknown option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and unknown[0].startswith("-"):
+            name = unknown[0].split("=")[0]
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(name, known + [f"--{key}" for key in WITHOUT_MEANING], n=1)
+            raise ConfigurationError(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ConfigurationError(message)
+
+
+def drop_without_meaning(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split command-line arguments into those that count and warnings for TGI's options that change nothing."""
+    kept: list[str] = []
+    warnings: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in WITHOUT_MEANING:
+            kept.append(argument)
+            continue
+        num_values, reason = WITHOUT_MEANING[name]
+        warnings.append(f"--{name} changes nothing: {reason}")
+        if num_values and not value:
+            next(rest, None)
+    return kept, warnings
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+    return f"--{name}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def parse(settings_class: type[SettingsType], arguments: list[str], *, program: str = "inferfleet") -> SettingsType:
+    """Read flags and environment. Warnings for options without meaning go to standard error.
+
+    Raises:
+        ConfigurationError: one line that says which option is wrong and what is allowed.
+    """
+    kept, warnings = drop_without_meaning(arguments)
+    for line in warnings:
+        sys.stderr.write(f"warning: {line}\n")
+    parser = _OneLineParser(prog=program, description=settings_class.__doc__, allow_abbrev=False)
+    source: CliSettingsSource[Any] = CliSettingsSource(settings_class, root_parser=parser)
+    try:
+        return CliApp.run(settings_class, cli_args=kept, cli_settings_source=source)
+    except ValidationError as error:
+        raise ConfigurationError(_one_line(error)) from None
