@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` say why the limits are what they are."""
+    """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` explain the chosen limits."""
 
     vocab_size: int
     dtype: str
@@ -98,8 +98,9 @@ class TokenRun:
 
 @dataclass(slots=True, kw_only=True)
 class Step:
-    """`stats` holds counters since start: steps, batch_max, preemptions, prefix_hits, prefix_hit_tokens, chunked_prompts,
-    running, waiting, blocks_free, blocks_total, prefill_tokens, decode_tokens, step_ms (of this step)."""
+    """One engine step. `stats` are counters since start: steps, batch_max, preemptions, prefix_hits, prefix_hit_tokens,
+    chunked_prompts, prefill_tokens, decode_tokens; and of now: running, waiting, blocks_free, blocks_total, step_ms.
+    """
 
     step: int
     runs: list[TokenRun]
