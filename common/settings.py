@@ -295,3 +295,26 @@ def parse(settings_class: type[SettingsType], arguments: list[str], *, program: 
         return CliApp.run(settings_class, cli_args=kept, cli_settings_source=source)
     except ValidationError as error:
         raise ConfigurationError(_one_line(error)) from None
+
+
+def environment_name(settings_class: type[BaseSettings], name: str) -> str:
+    """The environment variable that sets option `name`."""
+    alias = settings_class.model_fields[name].validation_alias
+    if isinstance(alias, AliasChoices):
+        return str(alias.choices[0]).upper()
+    return f"INFERFLEET_{name}".upper()
+
+
+def environment_of(settings: BaseSettings, settings_class: type[BaseSettings]) -> dict[str, str]:
+    """What a child process of `settings_class` needs in its environment to see the options given here."""
+    names = settings.model_fields_set & set(settings_class.model_fields)
+    values = {name: getattr(settings, name) for name in sorted(names)}
+    return {environment_name(settings_class, name): _text(value) for name, value in values.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

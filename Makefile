@@ -1,0 +1,44 @@
+# `make up` serves, `make test` tests; both set up what they need in .venv.
+.DEFAULT_GOAL := up
+.PHONY: up test lint bench soak clean
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+export PYTHONUNBUFFERED := 1
+
+up: .venv/stamp-serve
+	@exec $(BIN)/inferfleet up $(ARGS)
+
+test: .venv/stamp-test
+	@ops/test_packages.sh
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+lint: .venv/stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/stamp-test
+	$(BIN)/python -m ops.bench $(ARGS)
+
+soak: .venv/stamp-test
+	@ops/test_packages.sh
+	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
+
+clean:
+	rm -rf .venv .inferfleet .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt --upgrade pip setuptools
+
+# torch comes first and alone, so that nothing else chooses its build
+.venv/stamp-serve: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[worker]'
+	touch $@
+
+.venv/stamp-test: pyproject.toml constraints.txt .venv/stamp-serve
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@

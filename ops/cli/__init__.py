@@ -1,0 +1,1 @@
+"""The `inferfleet` command: one small module per subcommand, imported only when it is called."""
