@@ -1,0 +1,1 @@
+"""The engine core: requests, blocks, scheduler and loop. Python and numpy only; tensors live behind `device.Device`."""
