@@ -2,13 +2,14 @@
 
 Memory of a device, as the engine core addresses it:
 
-- KV pages 0 .. num_blocks, `block_size` tokens each. Page 0 is the null block: never allocated, legal to read and write for
-  padding. `num_blocks = kv_tokens // block_size` real ones follow.
-- rows 0 .. max_num_seqs - 1, one per resident request: sampling parameters, token counts for penalties, the last sampled
-  id, and a block table of at least ceil(max_total_tokens / block_size) entries. A device may add rows of its own for padding.
+- KV pages 0 .. num_blocks, `block_size` tokens each. Page 0 is the null block: never allocated, legal to read and
+  write for padding. `num_blocks = kv_tokens // block_size` real ones follow.
+- rows 0 .. max_num_seqs - 1, one per resident request: sampling parameters, token counts for penalties, the last
+  sampled id, and a block table of at least ceil(max_total_tokens / block_size) entries. A device may add rows of
+  its own for padding.
 
-A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is larger than
-max_batch_prefill_tokens + max_num_seqs tokens.
+A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is
+larger than max_batch_prefill_tokens + max_num_seqs tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ TOKEN_ON_DEVICE = -1
 class RowInit:
     """Everything a row must know when a request moves in; whatever the row held before is void.
 
-    `prompt_ids` int32 [p] is the original prompt and `output_ids` int32 [o] what was generated before (on another worker, or
-    before a preemption): penalties count them apart, and the output index of the next sampled token, which keys its noise,
-    is `position of its last input + 1 - p`. While that index is below `params.min_tokens`, the sampler must never pick one of
-    `stop_ids` int32 [s] (end-of-sequence ids unless ignored, and the stop token ids).
+    `prompt_ids` int32 [p] is the original prompt and `output_ids` int32 [o] what was generated before (on another
+    worker, or before a preemption): penalties count them apart, and the output index of the next sampled token,
+    which keys its noise, is `position of its last input + 1 - p`. While that index is below `params.min_tokens`,
+    the sampler must never pick one of `stop_ids` int32 [s] (end-of-sequence ids unless ignored, and the stop token
+    ids).
     """
 
     row: int
@@ -48,20 +50,22 @@ class RowInit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One mixed step over n rows, t tokens and m block-table changes. Everything needed is in here; the order of rows is
-    the order of results.
+    """One mixed step over n rows, t tokens and m block-table changes. Everything needed is in here; the order of
+    rows is the order of results.
 
     To be applied in this order: `freed_rows`, `new_rows`, block-table changes, forward pass.
 
     step          number of the step, counting from 1 without gaps
     rows          int32 [n], no row twice
     num_tokens    int32 [n], tokens of each row in this step, >= 1
-    starts        int32 [n], tokens of each row whose keys and values are in its pages already, hence the position of its first token
-    tokens        int32 [t], the input ids of all rows one after another; TOKEN_ON_DEVICE (only ever as the last token of a
-                  row) means the id which that row sampled last
+    starts        int32 [n], tokens of each row whose keys and values are in its pages already, hence the position of
+                  its first token in this step
+    tokens        int32 [t], the input ids of all rows one after another; TOKEN_ON_DEVICE (only ever as the last token
+                  of a row) means the id which that row sampled last
     samples       bool [n], whether the row's prompt is complete in this step so that its last position is sampled
-    block_rows, block_offsets, block_ids   int32 [m] each: table[block_rows[i], block_offsets[i]] = block_ids[i]; a table only
-                  grows, and its entries behind the ones set for the present request are garbage
+    block_rows, block_offsets, block_ids
+                  int32 [m] each: table[block_rows[i], block_offsets[i]] = block_ids[i]; a table only grows, and its
+                  entries behind the ones set for the present request are garbage
     new_rows      requests that moved into a row
     freed_rows    int32 [f], rows whose request left; they come back only with a RowInit
     """
@@ -83,9 +87,9 @@ class StepPlan:
 class StepResult:
     """What the k sampling rows of a plan picked, in the order of the plan's rows.
 
-    `ids` int32 [k]; `logprobs` float32 [k]; `top_tokens` has for each of the k rows a list of (id, logprob), best first, empty
-    when the row did not ask (an empty outer list says that nobody asked). `errors` maps an index below k to one sentence: the
-    logits of that row were unusable, its request ends, the others go on.
+    `ids` int32 [k]; `logprobs` float32 [k]; `top_tokens` has for each of the k rows a list of (id, logprob), best
+    first, empty when the row did not ask (an empty outer list says that nobody asked). `errors` maps an index below
+    k to one sentence: the logits of that row were unusable, its request ends, the others go on.
     """
 
     ids: Ints
@@ -95,27 +99,31 @@ class StepResult:
 
 
 class Device(Protocol):
-    """Runs plans in the order given. `depth` is the number of launched steps whose results the host has not applied while it
-    launches another: 0 where calls are synchronous (CPU), 1 on a GPU.
+    """Runs plans in the order given. `depth` is the number of launched steps whose results the host has not applied
+    while it launches another: 0 where calls are synchronous (CPU), 1 on a GPU.
 
-    Any exception out of these methods ends the engine process: what concerns one row only belongs in `StepResult.errors`.
+    Any exception out of these methods ends the engine process: what concerns one row only belongs in
+    `StepResult.errors`.
     """
 
     @property
     def depth(self) -> int: ...
 
     def forward(self, plan: StepPlan) -> None:
-        """Launch the forward pass of `plan`; on a GPU without waiting for it. The plan's arrays may be kept, not changed."""
+        """Launch the forward pass of `plan`; on a GPU without waiting for it. The plan's arrays may be kept, not
+        changed."""
 
     def sample(self, plan: StepPlan) -> Any:
-        """Launch sampling of the plan given to the last `forward`, also when no row samples. Returns a handle for `collect`."""
+        """Launch sampling of the plan given to the last `forward`, also when no row samples. Returns a handle for
+        `collect`."""
 
     def collect(self, handle: Any) -> StepResult:
         """Wait for the step of `handle`. Called once per handle, in order of launch."""
 
 
 def fitting_total_tokens(max_total_tokens: int, kv_tokens: int, block_size: int) -> int:
-    """The largest limit not above `max_total_tokens` with which the pool holds one request of that size and a block more.
+    """The largest limit not above `max_total_tokens` with which the pool holds one request of that size and a block
+    more.
 
     With it the oldest request can always run to its end, whatever the others hold. Zero or less: the pool is too small.
     """
