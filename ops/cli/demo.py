@@ -1,0 +1,155 @@
+"""`inferfleet demo`: two workers, one answer; the worker that writes it is killed in the middle and the other goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from common.errors import ConfigurationError
+
+PROMPT = "Count to 100"
+KILL_AFTER = 20
+START_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was seen: the two workers, the offsets at which one stopped and the other began, and both texts."""
+
+    killed: str
+    killed_at: int
+    continued_by: str
+    continued_at: int
+    text: str
+    undisturbed: str
+
+    @property
+    def is_equal(self) -> bool:
+        return self.text == self.undisturbed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def fleet(folder: str) -> Iterator[httpx.Client]:
+    """A fleet of two workers of its own, gone at the end; yields a client of its gateway."""
+    port = free_port()
+    options = ["--port", str(port), "--workers", "2", "--data-dir", folder, "--hostname", "127.0.0.1"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("REDIS_URL", "API_KEY", "MODEL_ID")}
+    environment |= {"INFERFLEET_LEASE": "2", "INFERFLEET_GRACEFUL_TERMINATION_TIMEOUT": "5"}
+    log = open(os.path.join(folder, "fleet.log"), "wb")  # noqa: SIM115 - lives as long as the fleet
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ops.cli", "up", *options], stdout=log, stderr=log, env=environment
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            _wait_for_workers(client, process)
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log.close()
+
+
+def _wait_for_workers(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if sum(worker["state"] == "ready" for worker in workers(client)) == 2:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise ConfigurationError("the two workers did not start")
+
+
+def workers(client: httpx.Client) -> list[dict[str, Any]]:
+    response = client.get("/v1/fleet/workers")
+    return list(response.json()["data"]) if response.status_code == httpx.codes.OK else []
+
+
+def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    answer: dict[str, Any] = client.get(f"/v1/fleet/jobs/{job_id}").raise_for_status().json()
+    return answer
+
+
+def submit(client: httpx.Client) -> str:
+    messages = [{"role": "user", "content": PROMPT}]
+    body = {"input": {"messages": messages, "temperature": 0, "max_tokens": 400, "ignore_eos": False}}
+    return str(client.post("/v1/jobs", json=body).raise_for_status().json()["id"])
+
+
+def finished_text(client: httpx.Client, job_id: str) -> str:
+    while True:
+        answer = client.get(f"/v1/jobs/{job_id}", params={"wait": 60}).raise_for_status().json()
+        if answer["finished_at"] is not None:
+            return str(answer["output_text"])
+
+
+def disturb(client: httpx.Client, job_id: str) -> tuple[str, int, str, int, str]:
+    """Follow the job; kill -9 its worker once KILL_AFTER tokens were seen, and note who goes on from where."""
+    import json
+
+    killed, killed_at, seen, pieces = "", 0, 0, []
+    continued_by, continued_at = "", 0
+    with client.stream("GET", f"/v1/jobs/{job_id}/stream") as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if event["type"] == "job.delta":
+                if killed and not continued_by:
+                    owner = job(client, job_id)["worker"]
+                    # tokens that the dead worker had already made durable may still come from the log
+                    if owner and owner != killed:
+                        continued_by, continued_at = owner, event["start"]
+                seen = event["end"]
+                pieces.append(event["text"])
+            if seen >= KILL_AFTER and not killed:
+                killed = job(client, job_id)["worker"]
+                _kill(client, killed)
+                killed_at = seen
+    return killed, killed_at, continued_by, continued_at, "".join(pieces)
+
+
+def _kill(client: httpx.Client, worker_id: str) -> None:
+    pid = next(worker["pid"] for worker in workers(client) if worker["id"] == worker_id)
+    os.kill(pid, signal.SIGKILL)
+
+
+def show(client: httpx.Client) -> Outcome:
+    undisturbed = finished_text(client, submit(client))
+    killed, killed_at, continued_by, continued_at, text = disturb(client, submit(client))
+    return Outcome(killed, killed_at, continued_by, continued_at, text, undisturbed)
+
+
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="inferfleet demo", description=__doc__).parse_args(arguments)
+    sys.stdout.write("starting two workers with the demo model …\n")
+    with tempfile.TemporaryDirectory(prefix="inferfleet-demo-") as folder, fleet(folder) as client:
+        outcome = show(client)
+    sys.stdout.write(
+        f"worker {outcome.killed} killed at token {outcome.killed_at} · "
+        f"{outcome.continued_by} continues at token {outcome.continued_at}\n"
+        f"text {'equals' if outcome.is_equal else 'DIFFERS FROM'} the undisturbed one ({len(outcome.text)} characters)\n"
+    )
+    return 0 if outcome.is_equal and outcome.continued_by else 1
