@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 up: .venv/stamp-serve
 	@exec $(BIN)/inferfleet up $(ARGS)
 
-test: .venv/stamp-test
+test: .venv/stamp-test .venv/stamp-clients
 	@ops/test_packages.sh
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
 
@@ -22,7 +22,7 @@ lint: .venv/stamp-test
 bench: .venv/stamp-test
 	$(BIN)/python -m ops.bench $(ARGS)
 
-soak: .venv/stamp-test
+soak: .venv/stamp-test .venv/stamp-clients
 	@ops/test_packages.sh
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
 
@@ -41,4 +41,13 @@ clean:
 
 .venv/stamp-test: pyproject.toml constraints.txt .venv/stamp-serve
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+# the official clients, each in an environment of its own as its users have it
+.venv/stamp-clients: Makefile | .venv/bin/python
+	for client in openai==3.52.0 huggingface_hub==2.4.0 text-generation==0.7.0; do \
+		folder=.venv/clients/$${client%%==*}; \
+		$(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install -q --upgrade pip && \
+		$$folder/bin/python -m pip --disable-pip-version-check -q install $$client || exit 1; \
+	done
 	touch $@

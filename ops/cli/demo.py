@@ -1,4 +1,4 @@
-"""`inferfleet demo`: two workers, one answer; the worker that writes it is killed in the middle and the other goes on."""
+"""`inferfleet demo`: the worker that writes an answer is killed in the middle and another goes on."""
 
 from __future__ import annotations
 
@@ -150,6 +150,6 @@ def main(arguments: list[str]) -> int:
     sys.stdout.write(
         f"worker {outcome.killed} killed at token {outcome.killed_at} · "
         f"{outcome.continued_by} continues at token {outcome.continued_at}\n"
-        f"text {'equals' if outcome.is_equal else 'DIFFERS FROM'} the undisturbed one ({len(outcome.text)} characters)\n"
+        f"text {'equals' if outcome.is_equal else 'DIFFERS FROM'} the undisturbed one\n"
     )
     return 0 if outcome.is_equal and outcome.continued_by else 1

@@ -1,0 +1,21 @@
+# Everything in one container, so that TGI's line works: docker run -p 8080:80 -v $PWD/data:/data inferfleet --model-id X
+FROM python:3.11-slim-bookworm
+# pip's own settings, for builds behind a mirror
+ARG PIP_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_CERT
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md ./
+RUN pip install --no-cache-dir -c constraints.txt torch==2.13.0
+COPY common common
+COPY gateway gateway
+COPY worker worker
+COPY ops ops
+RUN pip install --no-cache-dir -c constraints.txt '.[worker]'
+WORKDIR /data
+ENV HF_HOME=/data INFERFLEET_DATA_DIR=/data/inferfleet HOSTNAME=0.0.0.0 PORT=80 PYTHONUNBUFFERED=1
+EXPOSE 80
+VOLUME /data
+HEALTHCHECK --interval=5s --timeout=3s --start-period=600s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:80/health', timeout=2)"]
+ENTRYPOINT ["text-generation-launcher"]
