@@ -1,0 +1,137 @@
+"""Options: flags, environment, TGI's names and one-line errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import ConfigurationError
+from common.settings import (
+    WITHOUT_MEANING,
+    GatewaySettings,
+    UpSettings,
+    WorkerSettings,
+    environment_of,
+    parse,
+)
+
+TGI_LAUNCHER_OPTIONS = """
+model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype
+trust-remote-code max-concurrent-requests max-best-of max-stop-sequences max-top-n-tokens max-input-tokens
+max-input-length max-total-tokens waiting-served-ratio max-batch-prefill-tokens max-batch-total-tokens
+max-waiting-tokens max-batch-size cuda-graphs hostname port prometheus-port shard-uds-path master-addr
+master-port huggingface-hub-cache weights-cache-override disable-custom-kernels cuda-memory-fraction
+rope-scaling rope-factor json-output otlp-endpoint otlp-service-name cors-allow-origin api-key watermark-gamma
+watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path disable-grammar-support
+max-client-batch-size lora-adapters usage-stats payload-limit enable-prefill-logprobs
+graceful-termination-timeout
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "HOSTNAME", "MODEL_ID", "REDIS_URL", "API_KEY", "LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def known_flags(settings_class: type[UpSettings]) -> set[str]:
+    flags = set(WITHOUT_MEANING)
+    for name, field in settings_class.model_fields.items():
+        alias = field.validation_alias
+        names = [name] if alias is None else [str(choice) for choice in alias.choices]  # type: ignore[union-attr]
+        flags |= {choice.replace("_", "-") for choice in names}
+    return flags
+
+
+@pytest.mark.parametrize("flag", TGI_LAUNCHER_OPTIONS)
+def test_every_launcher_option_of_tgi_is_known(flag: str) -> None:
+    assert flag in known_flags(UpSettings)
+
+
+def test_flag_wins_over_environment_and_environment_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(GatewaySettings, []).port == 8080
+    monkeypatch.setenv("PORT", "9000")
+    assert parse(GatewaySettings, []).port == 9000
+    assert parse(GatewaySettings, ["--port", "9001"]).port == 9001
+    assert parse(GatewaySettings, ["-p", "9002"]).port == 9002
+
+
+def test_own_options_need_their_prefix_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEASE", "1")
+    assert parse(GatewaySettings, []).lease == 6.0
+    monkeypatch.setenv("INFERFLEET_LEASE", "1")
+    assert parse(GatewaySettings, []).lease == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3f2a9c", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("localhost", "localhost")]
+)
+def test_hostname_of_the_machine_is_not_an_address(monkeypatch: pytest.MonkeyPatch, value: str, expected: str) -> None:
+    monkeypatch.setenv("HOSTNAME", value)
+    assert parse(GatewaySettings, []).hostname == expected
+
+
+def test_names_of_vllm_are_aliases() -> None:
+    settings = parse(
+        UpSettings, ["--model", "m", "--max-model-len", "64", "--served-model-name", "a,b", "--host", "::1"]
+    )
+    assert (settings.model_id, settings.max_total_tokens, settings.hostname) == ("m", 64, "::1")
+    assert settings.served_model_name == ["a", "b"]
+
+
+def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = parse(UpSettings, ["--cuda-graphs", "1,2", "--ngrok", "--max-batch-size=4", "--port", "81"])
+    assert settings.port == 81
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert all("changes nothing: " in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prot", "80"], "unknown option --prot; did you mean --port?"),
+        (["--max-total-token=5"], "unknown option --max-total-token; did you mean --max-total-tokens?"),
+        (["--port", "http"], "--port: Input should be a valid integer, unable to parse string as an integer"),
+        (["--port", "70000"], "--port: Input should be less than or equal to 65535"),
+        (["--dtype", "int3"], "--dtype: Input should be 'auto', 'float16', 'bfloat16', 'float32' or 'float64'"),
+        (["--max-input-tokens", "0"], "--max-input-tokens: Input should be greater than 0"),
+        (["--num-shard", "2"], "--num-shard: is not available in this version"),
+        (["--quantize", "gptq"], "--quantize: is not available in this version"),
+        (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
+        (["--workers", "-1"], "--workers: Input should be greater than or equal to 0"),
+        (["--log-level", "loud"], "--log-level: Input should be 'debug', 'info', 'warning' or 'error'"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(UpSettings, arguments)
+    assert str(caught.value) == message
+
+
+def test_secrets_do_not_show() -> None:
+    settings = parse(UpSettings, ["--api-key", "hunter2", "--redis-url", "redis://:hunter2@localhost"])
+    assert "hunter2" not in repr(settings) + str(settings.model_dump())
+
+
+def test_children_see_what_was_given_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        "--api-key",
+        "k",
+        "--port",
+        "9000",
+        "--no-prefix-caching",
+        "--served-model-name",
+        "a,b",
+        "--lease",
+        "2",
+    ]
+    settings = parse(UpSettings, arguments)
+    gateway = environment_of(settings, GatewaySettings)
+    worker = environment_of(settings, WorkerSettings)
+    assert gateway == {"API_KEY": "k", "PORT": "9000", "INFERFLEET_LEASE": "2.0"}
+    assert worker == {"PREFIX_CACHING": "false", "SERVED_MODEL_NAME": "a,b", "INFERFLEET_LEASE": "2.0"}
+    for name, value in worker.items():
+        monkeypatch.setenv(name, value)
+    again = parse(WorkerSettings, [])
+    assert (again.prefix_caching, again.served_model_name, again.lease) == (False, ["a", "b"], 2.0)

@@ -1,0 +1,32 @@
+"""Who may import whom: the contracts in pyproject.toml hold, and one that must not hold is caught."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_ERROR, EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_import_contracts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True, config_filename=str(ROOT / "pyproject.toml")) == EXIT_STATUS_SUCCESS
+
+
+def test_a_broken_contract_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = configparser.ConfigParser()
+    config["importlinter"] = {"root_packages": "common\ngateway"}
+    config["importlinter:contract:1"] = {
+        "name": "wrong on purpose",
+        "type": "forbidden",
+        "source_modules": "gateway",
+        "forbidden_modules": "common",
+    }
+    path = tmp_path / "wrong.ini"
+    with path.open("w") as file:
+        config.write(file)
+    assert lint_imports(no_cache=True, config_filename=str(path)) == EXIT_STATUS_ERROR
