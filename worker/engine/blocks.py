@@ -1,0 +1,147 @@
+"""The pool of KV blocks and the prefix cache that lives in its free list.
+
+A block is in use (reference count above zero) or free. A free block may still be remembered under the digest of what it
+holds: the freed blocks are the cache, there is no other. Block 0 is the null block and never handed out.
+
+Digests are chained, so that one digest stands for a whole prefix (as in nano-vllm and vLLM): 128 bits of blake2b
+over the digest of the block before and the token ids. The chain starts from a secret of this process and the
+tenant's salt: prefixes of one tenant are neither shared with another one nor to be guessed by timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+DIGEST_BYTES = 16
+
+
+class BlockDigests:
+    """Computes the digests of full blocks; each token is hashed once in the life of its request."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._secret = os.urandom(DIGEST_BYTES)
+
+    def extend(self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int) -> None:
+        """Append to `digests` until it has the first `num_blocks` full blocks of `tokens`."""
+        size = self.block_size
+        for index in range(len(digests), num_blocks):
+            parent = digests[-1] if digests else self._root(salt)
+            content = tokens[index * size : (index + 1) * size].tobytes()
+            digests.append(hashlib.blake2b(parent + content, digest_size=DIGEST_BYTES).digest())
+
+    def _root(self, salt: str) -> bytes:
+        return hashlib.blake2b(salt.encode(), key=self._secret, digest_size=DIGEST_BYTES).digest()
+
+
+class BlockPool:
+    """Blocks 1 .. num_blocks. Tables are append-only: a block equal to a remembered one is kept beside it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._num_holders = [0] * (num_blocks + 1)
+        self._digest_of: list[bytes | None] = [None] * (num_blocks + 1)
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out, remembered ones included."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that are still remembered."""
+        return sum(self._digest_of[block] is not None for block in self._free)
+
+    def lookup(self, digests: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest remembered prefix of `digests`. Changes nothing."""
+        blocks = []
+        for digest in digests:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_in_use(self, blocks: Iterable[int]) -> int:
+        return sum(self._num_holders[block] > 0 for block in blocks)
+
+    def can_hold(self, hits: Sequence[int], num_new: int) -> bool:
+        """Whether `share(hits)` leaves `num_new` blocks to allocate."""
+        return len(self._free) - (len(hits) - self.num_in_use(hits)) >= num_new
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One holder more for each block; a free one is taken out of the free list, content and all."""
+        for block in blocks:
+            if self._num_holders[block] == 0:
+                del self._free[block]
+            self._num_holders[block] += 1
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Blocks that were free the longest; what they held is forgotten.
+
+        Raises:
+            ValueError: if fewer are free.
+        """
+        if num_blocks > len(self._free):
+            raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} are free")
+        return [self._take_oldest() for _ in range(num_blocks)]
+
+    def register(self, block: int, digest: bytes) -> None:
+        """Remember a full block whose keys and values are written. An equal block known already stays the known one."""
+        if digest not in self._block_of:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less for each block of a table.
+
+        Backwards, so that of one sequence the tail is forgotten before its head. A block nobody can find again is the
+        first to be reused.
+
+        Raises:
+            ValueError: if a block has no holder.
+        """
+        for block in reversed(blocks):
+            if self._num_holders[block] <= 0:
+                raise ValueError(f"block {block} is released without a holder")
+            self._num_holders[block] -= 1
+            if self._num_holders[block] == 0:
+                self._free[block] = None
+                if self._digest_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Compare the books with the block tables of everyone who holds blocks.
+
+        Raises:
+            ValueError: naming the first thing that does not add up.
+        """
+        expected = [0] * (self.num_blocks + 1)
+        for table in tables:
+            for block in table:
+                expected[block] += 1
+        if expected != self._num_holders:
+            raise ValueError(f"holders are {self._num_holders}, tables say {expected}")
+        if expected[0] or 0 in self._free:
+            raise ValueError("the null block was handed out")
+        num_used = sum(count > 0 for count in expected)
+        if num_used + len(self._free) != self.num_blocks or any(expected[block] for block in self._free):
+            raise ValueError(f"{num_used} used and {len(self._free)} free of {self.num_blocks} blocks")
+        remembered = {digest: block for block, digest in enumerate(self._digest_of) if digest is not None}
+        if remembered != self._block_of:
+            raise ValueError("the map of digests and the blocks disagree")
+
+    def _take_oldest(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        digest = self._digest_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._digest_of[block] = None
+        self._num_holders[block] = 1
+        return block

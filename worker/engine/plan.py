@@ -1,0 +1,118 @@
+"""Collects one step: the arrays that the device gets, and the entries that the host keeps to apply the result."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan
+from worker.engine.request import Request, Residency
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """The part of one request in one step. It names the stay, so that what comes late finds the books it belongs to."""
+
+    request: Request
+    residency: Residency
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True, eq=False)
+class Launch:
+    """One scheduled step. `num_prompt_tokens` of its tokens are prompt (or recomputed), the others one per decoding
+    row."""
+
+    plan: StepPlan
+    entries: list[Entry]
+    num_prompt_tokens: int
+    num_decodes: int
+
+
+class PlanBuilder:
+    """Grows while the scheduler decides. `prompt_budget` is what prompts may still take of this step."""
+
+    def __init__(self, step: int, prompt_budget: int, freed_rows: list[int]) -> None:
+        self.step, self.prompt_budget = step, prompt_budget
+        self.has_preempted = False
+        self.num_admitted = 0
+        self.entries: list[Entry] = []
+        self._num_prompt_tokens = 0
+        self._num_decodes = 0
+        self._tokens = array("i")
+        self._freed_rows = freed_rows
+        self._new_rows: list[RowInit] = []
+        self._block_rows: list[int] = []
+        self._block_offsets: list[int] = []
+        self._block_ids: list[int] = []
+
+    def admit(self, request: Request, residency: Residency) -> None:
+        """The request moves into its row, with the blocks it found in the cache."""
+        self.num_admitted += 1
+        self._new_rows.append(_row_init(request, residency.row))
+        self.grow(residency.row, 0, residency.blocks)
+
+    def grow(self, row: int, offset: int, blocks: list[int]) -> None:
+        """Append `blocks` to the table of `row`, which has `offset` already."""
+        self._block_rows += [row] * len(blocks)
+        self._block_offsets += range(offset, offset + len(blocks))
+        self._block_ids += blocks
+
+    def add(self, request: Request, residency: Residency, num_tokens: int) -> None:
+        """The next `num_tokens` of the request take part; its lengths advance as if the step were done."""
+        start = residency.num_computed
+        end = start + num_tokens
+        samples = end == request.num_total
+        self._append_tokens(request, start, end)
+        self._charge(num_tokens, is_decode=num_tokens == 1 and samples and start > 0)
+        self.entries.append(Entry(request, residency, start, num_tokens, samples))
+        residency.num_computed, residency.last_step = end, self.step
+        request.num_in_flight += samples
+
+    def build(self) -> Launch:
+        entries = self.entries
+        plan = StepPlan(
+            step=self.step,
+            rows=np.array([entry.residency.row for entry in entries], np.int32),
+            num_tokens=np.array([entry.num_tokens for entry in entries], np.int32),
+            starts=np.array([entry.start for entry in entries], np.int32),
+            tokens=np.frombuffer(self._tokens, np.int32),
+            samples=np.array([entry.samples for entry in entries], np.bool_),
+            block_rows=np.array(self._block_rows, np.int32),
+            block_offsets=np.array(self._block_offsets, np.int32),
+            block_ids=np.array(self._block_ids, np.int32),
+            new_rows=self._new_rows,
+            freed_rows=np.array(self._freed_rows, np.int32),
+        )
+        return Launch(plan, entries, self._num_prompt_tokens, self._num_decodes)
+
+    def _append_tokens(self, request: Request, start: int, end: int) -> None:
+        num_known = len(request.tokens)
+        if end <= num_known:
+            self._tokens += request.tokens[start:end]
+            return
+        self._tokens += request.tokens[start:num_known]
+        self._tokens.append(TOKEN_ON_DEVICE)
+
+    def _charge(self, num_tokens: int, *, is_decode: bool) -> None:
+        if is_decode:
+            self._num_decodes += 1
+            return
+        self._num_prompt_tokens += num_tokens
+        self.prompt_budget -= num_tokens
+
+
+def _row_init(request: Request, row: int) -> RowInit:
+    tokens = np.array(request.tokens, np.int32)
+    return RowInit(
+        row=row,
+        request_id=request.request_id,
+        params=request.params,
+        prompt_ids=tokens[: request.num_prompt],
+        output_ids=tokens[request.num_prompt :],
+        stop_ids=np.array(request.stop_ids, np.int32),
+    )

@@ -1,0 +1,414 @@
+"""Decides what the next step computes, and does the books when a step is applied. Ints and lists, no tensors, no clock.
+
+One rule instead of phases (as in vLLM's v1 engine): every request has `computed < total`, and a step hands out tokens,
+running requests first, then waiting ones; long prompts take what the prompt budget leaves, in chunks.
+
+    add ──▶ waiting ──admit──▶ running ──finish, abort──▶ releasing ──last step applied──▶ row and blocks are free
+               ▲                  │
+               └── last step applied ── releasing ◀──preempt
+
+`running` and `waiting` are sorted by arrival. The youngest running request is preempted when blocks run out, the oldest
+never: together with a pool larger than the longest request, somebody always gets to the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+
+from worker.engine.admission import OutputForecast, peak_blocks
+from worker.engine.blocks import BlockDigests, BlockPool
+from worker.engine.device import StepResult, fitting_total_tokens
+from worker.engine.plan import Entry, Launch, PlanBuilder
+from worker.engine.request import Request, RequestState, Residency, end_without_token
+from worker.engine.stats import EngineStats
+from worker.pipe import Ready, TokenRun
+
+MAX_LOOKAHEAD = 32
+BY_ARRIVAL = attrgetter("arrival")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Sizes the scheduler lives in; tokens unless the name says otherwise."""
+
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        kv_tokens = self.num_blocks * self.block_size
+        if fitting_total_tokens(self.max_total_tokens, kv_tokens, self.block_size) < self.max_total_tokens:
+            raise ValueError(f"{self.num_blocks} blocks cannot hold {self.max_total_tokens} tokens and a block more")
+        if self.max_num_seqs < 1 or self.max_batch_prefill_tokens < 1:
+            raise ValueError("a step needs at least one row and one token")
+
+
+def limits_of(ready: Ready, *, prefix_caching: bool) -> EngineLimits:
+    """The limits that a loaded device announced."""
+    return EngineLimits(
+        vocab_size=ready.vocab_size,
+        block_size=ready.block_size,
+        num_blocks=ready.kv_tokens // ready.block_size,
+        max_num_seqs=ready.max_num_seqs,
+        max_total_tokens=ready.max_total_tokens,
+        max_batch_prefill_tokens=ready.max_batch_prefill_tokens,
+        prefix_caching=prefix_caching,
+    )
+
+
+class Scheduler:
+    """Owner of all requests, rows and blocks. `schedule` launches, `apply` settles; both in order of steps."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.stats = EngineStats()
+        self.pool = BlockPool(limits.num_blocks)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.requests: dict[str, Request] = {}
+        self._digests = BlockDigests(limits.block_size)
+        self._forecast = OutputForecast()
+        self._releasing: list[tuple[Request, Residency]] = []
+        self._computing: dict[bytes, Request] = {}
+        self._free_rows = list(range(limits.max_num_seqs))
+        self._freed_rows: list[int] = []
+        self._last_launched = 0
+        self._last_applied = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def anyone_decodes(self) -> bool:
+        return any(request.num_output + request.num_in_flight for request in self.running)
+
+    def snapshot(self) -> dict[str, float]:
+        """The counters and gauges of a `Step` message, all but the time."""
+        gauges = {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "blocks_free": self.pool.num_free,
+            "blocks_total": self.pool.num_blocks,
+        }
+        return self.stats.counters() | gauges
+
+    # What comes from outside.
+
+    def add(self, request: Request) -> TokenRun | None:
+        """Take a new request, or answer at once: it cannot run here, or its tokens are complete already.
+
+        Of two runs of a job the later epoch wins.
+        """
+        known = self.requests.get(request.request_id)
+        if known is not None and known.epoch >= request.epoch:
+            return None
+        self.abort(request.request_id)
+        error = self._fault_of(request)
+        finish = "error" if error else _finish_of_log(request)
+        if finish:
+            return end_without_token(request, finish, error)
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+        return None
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, unless it has ended. Tokens of its launched steps will be ignored."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end(request)
+
+    def _fault_of(self, request: Request) -> str:
+        limits, tokens = self.limits, request.tokens
+        if request.num_prompt < 1:
+            return "the prompt is empty"
+        if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
+            return f"token ids must be below {limits.vocab_size}"
+        num_total = request.num_prompt + request.params.max_new_tokens
+        if num_total > limits.max_total_tokens:
+            return f"{num_total} tokens are more than the {limits.max_total_tokens} this worker can hold"
+        return ""
+
+    # Launching a step.
+
+    def schedule(self, prompt_budget: int) -> Launch | None:
+        """The next step, or None if nobody can compute anything now. At most `prompt_budget` tokens are of prompts."""
+        budget = min(prompt_budget, self.limits.max_batch_prefill_tokens)
+        builder = PlanBuilder(self._last_launched + 1, budget, self._freed_rows)
+        for request in list(self.running):
+            self._continue(request, builder)
+        if not builder.has_preempted:
+            self._admit_waiting(builder)
+        if not builder.entries:
+            return None
+        self._last_launched, self._freed_rows = builder.step, []
+        return self._counted(builder.build())
+
+    def _continue(self, request: Request, builder: PlanBuilder) -> None:
+        residency = request.residency
+        if residency is None:
+            return
+        num_tokens = request.num_uncomputed(residency.num_computed)
+        if num_tokens > 1:
+            num_tokens = min(num_tokens, builder.prompt_budget)
+        if num_tokens > 0 and self._grow(request, residency, num_tokens, builder):
+            self._add(request, residency, num_tokens, builder)
+
+    def _add(self, request: Request, residency: Residency, num_tokens: int, builder: PlanBuilder) -> None:
+        is_chunk = residency.num_computed + num_tokens < request.num_total
+        self.stats.chunked_prompts += is_chunk and not request.was_chunked
+        request.was_chunked |= is_chunk
+        builder.add(request, residency, num_tokens)
+
+    def _grow(self, request: Request, residency: Residency, num_tokens: int, builder: PlanBuilder) -> bool:
+        """Give the request blocks for its next tokens, if need be at the cost of younger ones."""
+        num_held = len(residency.blocks)
+        num_missing = self._blocks_for(residency.num_computed + num_tokens) - num_held
+        while num_missing > self.pool.num_free:
+            if not self._preempt_youngest(request, builder):
+                return False
+        if num_missing > 0:
+            blocks = self.pool.allocate(num_missing)
+            residency.blocks += blocks
+            builder.grow(residency.row, num_held, blocks)
+        return True
+
+    def _preempt_youngest(self, needy: Request, builder: PlanBuilder) -> bool:
+        """Returns whether `needy` may look again at once.
+
+        While launched steps still name blocks on their way back, the needy one sits this step out instead of
+        driving out another one.
+        """
+        victim = self.running[-1]
+        if self._releasing or victim is self.running[0] or victim.residency is None:
+            return False
+        builder.has_preempted = True
+        self.stats.preemptions += 1
+        self._leave(victim, victim.residency)
+        self._release_drained()
+        return victim is not needy and not self._releasing
+
+    # Admission.
+
+    def _admit_waiting(self, builder: PlanBuilder) -> None:
+        """Newcomers in order of arrival, until one does not fit.
+
+        A request that saw a worker die computes its first token without other newcomers: should it kill this worker
+        too, it takes nobody along but those who ran already.
+        """
+        if any(request.is_suspect for request in self.running):
+            return
+        for request in self.waiting[:MAX_LOOKAHEAD]:
+            if not self._free_rows or builder.prompt_budget < 1 or (request.is_suspect and builder.num_admitted):
+                return
+            hits = self._find_prefix(request)
+            if hits is None:
+                continue
+            if not self._admit(request, hits, builder) or request.is_suspect:
+                return
+
+    def _find_prefix(self, request: Request) -> list[int] | None:
+        """Blocks that hold the beginning of the request; None while a running one computes the block that comes next.
+
+        Never the whole request: its last token must be computed, or there would be nothing to sample from.
+        """
+        if not self.limits.prefix_caching:
+            return []
+        self._extend_digests(request)
+        num_usable = (len(request.tokens) - 1) // self.limits.block_size
+        hits = self.pool.lookup(request.digests[:num_usable])
+        if len(hits) < num_usable and request.digests[len(hits)] in self._computing:
+            return None
+        return hits
+
+    def _admit(self, request: Request, hits: list[int], builder: PlanBuilder) -> bool:
+        num_hit_tokens = len(hits) * self.limits.block_size
+        num_tokens = min(len(request.tokens) - num_hit_tokens, builder.prompt_budget)
+        num_missing = self._blocks_for(num_hit_tokens + num_tokens) - len(hits)
+        num_borrowed = self.pool.num_in_use(hits) * self.limits.block_size
+        if not self.pool.can_hold(hits, num_missing) or not self._fits_later(request, num_borrowed):
+            return False
+        residency = self._move_in(request, hits, num_borrowed, builder)
+        self._grow(request, residency, num_tokens, builder)
+        self._add(request, residency, num_tokens, builder)
+        return True
+
+    def _fits_later(self, newcomer: Request, num_borrowed: int) -> bool:
+        """Whether the predicted peak with the newcomer stays within the pool. Alone it always fits."""
+        if not self.running:
+            return True
+        everyone = [*self.running, newcomer]
+        num_own = [r.num_total - (r.residency.num_borrowed if r.residency else num_borrowed) for r in everyone]
+        remaining = [self._forecast.remaining(r.num_output, r.params.max_new_tokens) for r in everyone]
+        peak = peak_blocks(np.array(num_own, np.int32), np.array(remaining, np.int32), self.limits.block_size)
+        return peak <= self.pool.num_blocks
+
+    def _move_in(self, request: Request, hits: list[int], num_borrowed: int, builder: PlanBuilder) -> Residency:
+        self.pool.share(hits)
+        num_hit_tokens = len(hits) * self.limits.block_size
+        row = heapq.heappop(self._free_rows)
+        residency = Residency(row, list(hits), num_hit_tokens, num_hit_tokens, len(hits), num_borrowed)
+        request.residency = residency
+        if request.state is RequestState.WAITING:
+            self.stats.prefix_hits += bool(hits)
+            self.stats.prefix_hit_tokens += num_hit_tokens
+        request.advance(RequestState.ACTIVE)
+        self.waiting.remove(request)
+        insort(self.running, request, key=BY_ARRIVAL)
+        for digest in request.digests[len(hits) :]:
+            self._computing.setdefault(digest, request)
+        builder.admit(request, residency)
+        return residency
+
+    # Applying a step.
+
+    def apply(self, launch: Launch, result: StepResult) -> list[TokenRun]:
+        """Settle a launched step: keys and values written, tokens known, ends found. Returns what is new."""
+        self._last_applied = launch.plan.step
+        ids, logprobs = result.ids.tolist(), result.logprobs.tolist()
+        runs: list[TokenRun] = []
+        index = 0
+        for entry in launch.entries:
+            if entry.samples:
+                runs += self._apply_sample(entry, result, index, ids[index], logprobs[index])
+                index += 1
+            else:
+                self._note_written(entry)
+        self._release_drained()
+        return runs
+
+    def _apply_sample(
+        self, entry: Entry, result: StepResult, index: int, token_id: int, logprob: float
+    ) -> list[TokenRun]:
+        """A token of a request that has ended meanwhile is dropped here: before registration, usage and frames."""
+        request = entry.request
+        request.num_in_flight -= 1
+        if request.is_ended:
+            return []
+        error = result.errors.get(index, "")
+        if error:
+            self._end(request)
+            return [end_without_token(request, "error", error)]
+        self._note_written(entry)
+        request.tokens.append(token_id)
+        request.is_suspect = False
+        finish = request.finish()
+        if finish:
+            self._end(request)
+        tops = [result.top_tokens[index]] if request.params.num_top_logprobs else []
+        run = TokenRun(
+            request_id=request.request_id,
+            epoch=request.epoch,
+            ids=[token_id],
+            logprobs=[logprob],
+            top_tokens=tops,
+            finish=finish,
+        )
+        return [run]
+
+    def _note_written(self, entry: Entry) -> None:
+        """Remember blocks that are full of written keys and values now. A closed stay registers nothing any more."""
+        request, residency = entry.request, entry.residency
+        if residency.is_closed:
+            return
+        residency.num_written = entry.start + entry.num_tokens
+        num_full = residency.num_written // self.limits.block_size
+        if num_full == residency.num_registered or not self.limits.prefix_caching:
+            return
+        self._extend_digests(request)
+        for index in range(residency.num_registered, num_full):
+            digest = request.digests[index]
+            self.pool.register(residency.blocks[index], digest)
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+        residency.num_registered = num_full
+
+    def _end(self, request: Request) -> None:
+        """The one way out, for finished, failed and aborted requests alike."""
+        if request.residency is not None:
+            self._leave(request, request.residency)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        if request.state is RequestState.ACTIVE:
+            self._forecast.note(request.num_output)
+        request.advance(RequestState.ENDED)
+        del self.requests[request.request_id]
+        self._release_drained()
+
+    def _leave(self, request: Request, residency: Residency) -> None:
+        """Close the stay of a running request; row and blocks go back when no launched step names them."""
+        residency.is_closed = True
+        request.residency = None
+        self.running.remove(request)
+        for digest in request.digests[residency.num_registered :]:
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+        self._releasing.append((request, residency))
+
+    def _release_drained(self) -> None:
+        drained = [pair for pair in self._releasing if pair[1].last_step <= self._last_applied]
+        if not drained:
+            return
+        self._releasing = [pair for pair in self._releasing if pair[1].last_step > self._last_applied]
+        for request, residency in drained:
+            self.pool.release(residency.blocks)
+            heapq.heappush(self._free_rows, residency.row)
+            self._freed_rows.append(residency.row)
+            if not request.is_ended:
+                insort(self.waiting, request, key=BY_ARRIVAL)
+
+    # Small things.
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _extend_digests(self, request: Request) -> None:
+        num_full = len(request.tokens) // self.limits.block_size
+        self._digests.extend(request.digests, request.tokens, request.cache_salt, num_full)
+
+    def _counted(self, launch: Launch) -> Launch:
+        stats = self.stats
+        stats.steps += 1
+        stats.batch_max = max(stats.batch_max, len(launch.entries))
+        stats.prefill_tokens += launch.num_prompt_tokens
+        stats.decode_tokens += launch.num_decodes
+        return launch
+
+    def check(self) -> None:
+        """Compare all books with one another; for tests, after every operation.
+
+        Raises:
+            ValueError: naming the first thing that does not add up.
+        """
+        stays = [r.residency for r in self.running if r.residency] + [stay for _, stay in self._releasing]
+        self.pool.check([stay.blocks for stay in stays])
+        rows = sorted([stay.row for stay in stays] + self._free_rows)
+        if rows != list(range(self.limits.max_num_seqs)):
+            raise ValueError(f"rows in use and free are {rows}")
+        for requests in (self.running, self.waiting):
+            if requests != sorted(requests, key=BY_ARRIVAL):
+                raise ValueError("requests are out of the order of their arrival")
+        preempted = [request for request, _ in self._releasing if not request.is_ended]
+        places = [*self.running, *self.waiting, *preempted]
+        if sorted(r.request_id for r in places) != sorted(self.requests):
+            raise ValueError("a request is in no place or in two")
+        self._check_computing()
+
+    def _check_computing(self) -> None:
+        for request in self._computing.values():
+            if request.residency is None:
+                raise ValueError(f"{request.request_id} computes nothing, yet others wait for its blocks")
+
+
+def _finish_of_log(request: Request) -> str:
+    """A job whose worker died between its last token and its end comes with complete output."""
+    return request.finish() if request.num_output or request.params.max_new_tokens < 1 else ""

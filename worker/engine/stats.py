@@ -1,0 +1,23 @@
+"""Counters of the engine, as they travel in every `Step` message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counted since the start of the engine. `prefix_hits` counts requests that found a part of their prompt
+    computed."""
+
+    steps: int = 0
+    batch_max: int = 0
+    preemptions: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
+    chunked_prompts: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+    def counters(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.__slots__}
