@@ -1,0 +1,345 @@
+"""From a model folder to fused tensors in the layout of the forward pass, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import ConfigurationError
+from worker.model.spec import Spec
+
+ProgressFunction = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+MAX_HEADER_BYTES = 100_000_000
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+DUMMY_SEED = 20240607
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Buffers that old checkpoints hold although they follow from the config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`weight` [out, in]; `bias` [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer, fused: `qkv` rows are queries, keys, values; `gate_up` rows are gate, then up.
+
+    `qk_norm` [heads + kv heads, head_dim] holds the query norm once per head, then the key norm.
+    """
+
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """`embed` and `head` are [vocab, hidden], the same tensor where they are tied."""
+
+    embed: Tensor
+    layers: list[LayerWeights]
+    final_norm: Tensor
+    head: Tensor
+
+
+class TensorSource(Protocol):
+    """Where weights come from, by the checkpoint's names."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def has(self, name: str) -> bool: ...
+
+    def copy_into(self, name: str, target: Tensor) -> None:
+        """Fill `target`, converting to its dtype. Raises ConfigurationError naming a missing or misshapen tensor."""
+
+    def finish(self) -> None:
+        """Raise ConfigurationError if tensors are left that nobody asked for."""
+
+
+class Checkpoint:
+    """The safetensors files of a folder, opened lazily: a tensor is read when it is asked for.
+
+    Raises:
+        ConfigurationError: if the folder has no safetensors, or files that its index names are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, on_progress: ProgressFunction | None = None) -> None:
+        self._folder = folder
+        self.files = find_files(folder)
+        self._places: dict[str, tuple[Path, dict[str, Any]]] = {}
+        for path in self.files:
+            for name, entry in read_header(path).items():
+                self._places[name] = (path, entry)
+        self._left = set(self._places)
+        self._on_progress, self._done = on_progress, 0
+        self._handles: dict[Path, Any] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_num_bytes(entry) for _, entry in self._places.values())
+
+    @property
+    def num_elements(self) -> int:
+        return sum(int(torch.Size(entry["shape"]).numel()) for _, entry in self._places.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds most of the bytes."""
+        sizes: dict[str, int] = {}
+        for _, entry in self._places.values():
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + _num_bytes(entry)
+        name = max(sizes, key=lambda key: sizes[key])
+        if name not in STORED_DTYPES:
+            raise ConfigurationError(
+                f"{self._folder} stores its weights as {name}, which this version does not run; "
+                f"it runs {', '.join(STORED_DTYPES)}"
+            )
+        return STORED_DTYPES[name]
+
+    def has(self, name: str) -> bool:
+        return name in self._places
+
+    def copy_into(self, name: str, target: Tensor) -> None:
+        if name not in self._places:
+            raise ConfigurationError(f"{self._folder}: tensor {name} is missing; the checkpoint is incomplete")
+        path, entry = self._places[name]
+        if list(entry["shape"]) != list(target.shape):
+            raise ConfigurationError(
+                f"{self._folder}: tensor {name} has shape {list(entry['shape'])}, "
+                f"but config.json asks for {list(target.shape)}"
+            )
+        target.copy_(self._open(path).get_tensor(name))
+        self._left.discard(name)
+        self._report(_num_bytes(entry))
+
+    def finish(self) -> None:
+        left = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
+        self._handles.clear()
+        if left:
+            raise ConfigurationError(
+                f"{self._folder}: {len(left)} tensors have no place in the model that config.json describes, "
+                f"the first is {left[0]}"
+            )
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt").__enter__()
+            except SafetensorError as error:
+                raise ConfigurationError(f"{path} is damaged ({error}); download it again") from error
+        return self._handles[path]
+
+    def _report(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._on_progress is not None:
+            self._on_progress(self._done, self.num_bytes)
+
+
+class DummySource:
+    """Random weights of any shape from a fixed seed: norms are one, biases and matrices normal with deviation 0.02."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, is_tied: bool, total_bytes: int = 0, on_progress: ProgressFunction | None = None) -> None:
+        self._generator = torch.Generator().manual_seed(DUMMY_SEED)
+        self._is_tied, self._total, self._on_progress, self._done = is_tied, total_bytes, on_progress, 0
+
+    def has(self, name: str) -> bool:
+        return not (self._is_tied and name.startswith("lm_head"))
+
+    def copy_into(self, name: str, target: Tensor) -> None:
+        if name.endswith("norm.weight"):
+            target.fill_(1.0)
+        else:
+            target.normal_(0.0, 0.02, generator=self._generator)
+        self._done += target.nbytes
+        if self._on_progress is not None:
+            self._on_progress(min(self._done, self._total), self._total)
+
+    def finish(self) -> None:
+        """Every name exists here, so none can be left."""
+
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, else model.safetensors, else the only one there is.
+
+    Raises:
+        ConfigurationError: if there are none, or files of the index are missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _files_of_index(index)
+    found = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"
+    if single in found or len(found) == 1:
+        return [single if single in found else found[0]]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ConfigurationError(
+            f"{folder} has only pickled weights, which are never loaded because unpickling runs code; "
+            "use a revision with safetensors files"
+        )
+    raise ConfigurationError(f"{folder} has no model.safetensors; check --model-id or use --load-format dummy")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{index} is not an index of safetensors files") from error
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ConfigurationError(f"{index} names files outside its folder")
+    files = [index.parent / name for name in names]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ConfigurationError(f"{index.parent}: {missing[0]} of the index is missing; download the model again")
+    return files
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Names, dtypes and shapes of a safetensors file (8 bytes of little-endian length, then JSON).
+
+    Raises:
+        ConfigurationError: if the file is damaged or shorter than its header says.
+    """
+    try:
+        header = json.loads(_header_bytes(path))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{path} is not a safetensors file") from error
+    if path.stat().st_size < 8 + len(_header_bytes(path)) + end:
+        raise ConfigurationError(f"{path} is shorter than its header says; download it again")
+    return dict(header)
+
+
+def _header_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+            raise ConfigurationError(f"{path} is not a safetensors file, or it is truncated")
+        return file.read(length)
+
+
+def _num_bytes(entry: Mapping[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return int(end) - int(start)
+
+
+def weights_digest(config: Mapping[str, Any], files: list[Path]) -> str:
+    """Hex fingerprint of a model: config, and per file its size, its header and 64 samples of 4 KiB spread over it.
+
+    It takes milliseconds for files of any size. Two checkpoints that differ only in bytes between the samples get the
+    same fingerprint; retrained or requantised weights differ everywhere.
+    """
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little") + _header_bytes(path))
+        for sample in _samples(path, size):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(path: Path, size: int) -> Iterator[bytes]:
+    step = max((size - SAMPLE_BYTES) // (NUM_SAMPLES - 1), 1)
+    with path.open("rb") as file:
+        for number in range(NUM_SAMPLES):
+            file.seek(min(number * step, max(size - SAMPLE_BYTES, 0)))
+            yield file.read(SAMPLE_BYTES)
+
+
+class _Builder:
+    """Allocates fused tensors and has the source fill their parts."""
+
+    def __init__(self, names: Mapping[str, str], source: TensorSource, dtype: torch.dtype) -> None:
+        self._names, self._source, self._dtype = names, source, dtype
+
+    def vector(self, name: str, size: int, layer: int = 0) -> Tensor:
+        return self._fill([(name, size)], "weight", (), layer)
+
+    def linear(self, parts: list[tuple[str, int]], num_in: int, has_bias: bool, layer: int = 0) -> Linear:
+        """One product out of several: `parts` are (our name, number of rows)."""
+        weight = self._fill(parts, "weight", (num_in,), layer)
+        return Linear(weight, self._fill(parts, "bias", (), layer) if has_bias else None)
+
+    def matrix(self, name: str, num_rows: int, num_in: int) -> Tensor:
+        return self._fill([(name, num_rows)], "weight", (num_in,), 0)
+
+    def has(self, name: str) -> bool:
+        return self._source.has(self._names[name] + ".weight")
+
+    def _fill(self, parts: list[tuple[str, int]], kind: str, width: tuple[int, ...], layer: int) -> Tensor:
+        target = torch.empty((sum(rows for _, rows in parts), *width), dtype=self._dtype)
+        start = 0
+        for name, rows in parts:
+            full_name = f"{self._names[name].format(i=layer)}.{kind}"
+            self._source.copy_into(full_name, target[start : start + rows])
+            start += rows
+        return target
+
+
+def load_weights(spec: Spec, names: Mapping[str, str], source: TensorSource, dtype: torch.dtype) -> DecoderWeights:
+    """Read all weights as `dtype` on the CPU.
+
+    Whether head and embedding are tied is decided by the checkpoint: without a head tensor they are, with a different
+    one they are not, whatever the config says.
+
+    Raises:
+        ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
+    """
+    builder = _Builder(names, source, dtype)
+    embed = builder.matrix("embed", spec.vocab_size, spec.hidden_size)
+    layers = [_load_layer(spec, builder, layer) for layer in range(spec.num_layers)]
+    final_norm = builder.vector("final_norm", spec.hidden_size)
+    head = builder.matrix("head", spec.vocab_size, spec.hidden_size) if builder.has("head") else embed
+    source.finish()
+    return DecoderWeights(embed, layers, final_norm, embed if torch.equal(head, embed) else head)
+
+
+def _load_layer(spec: Spec, builder: _Builder, layer: int) -> LayerWeights:
+    hidden, ffn = spec.hidden_size, spec.ffn_size
+    qkv = [("q", spec.query_size), ("k", spec.kv_size), ("v", spec.kv_size)]
+    return LayerWeights(
+        attention_norm=builder.vector("attention_norm", hidden, layer),
+        qkv=builder.linear(qkv, hidden, spec.qkv_bias, layer),
+        qk_norm=_load_qk_norm(spec, builder, layer) if spec.qk_norm else None,
+        out=builder.linear([("out", hidden)], spec.query_size, spec.out_bias, layer),
+        mlp_norm=builder.vector("mlp_norm", hidden, layer),
+        gate_up=builder.linear([("gate", ffn), ("up", ffn)], hidden, spec.mlp_bias, layer),
+        down=builder.linear([("down", hidden)], ffn, spec.mlp_bias, layer),
+    )
+
+
+def _load_qk_norm(spec: Spec, builder: _Builder, layer: int) -> Tensor:
+    query = builder.vector("q_norm", spec.head_dim, layer).expand(spec.num_heads, -1)
+    key = builder.vector("k_norm", spec.head_dim, layer).expand(spec.num_kv_heads, -1)
+    return torch.cat((query, key))
+
+
+def num_parameters(spec: Spec) -> int:
+    """Elements of all weights, biases and norms left out, an untied head included."""
+    attention = spec.hidden_size * (2 * spec.query_size + 2 * spec.kv_size)
+    layer = attention + 3 * spec.hidden_size * spec.ffn_size
+    return spec.num_layers * layer + spec.vocab_size * spec.hidden_size * (1 if spec.is_tied else 2)
