@@ -84,7 +84,7 @@ class Check:
 
     def is_served(self, num_workers: int) -> bool:
         workers = self.client.get("/v1/fleet/workers").json()["data"]
-        return sum(worker["state"] == "ready" for worker in workers) >= num_workers
+        return len([worker for worker in workers if worker["state"] == "ready"]) >= num_workers
 
     def undisturbed(self) -> str:
         job = self.client.post("/v1/jobs?wait=60", json={"input": PROMPT}).raise_for_status().json()
