@@ -182,7 +182,7 @@ def resume_job_events(fleet: Fleet, job_id: str, last_id: str, gateway: int) -> 
 
 
 def test_gateway_killed(fleet: Fleet, expected: dict[str, str]) -> None:
-    """The other gateway carries on from Last-Event-ID, in the route's own format and as job events, and from= by socket."""
+    """The other gateway carries on: in the route's own format, as job events, and on a WebSocket with from=."""
     seen = Seen()
     gateway = fleet.gateways[1]
 

@@ -55,3 +55,16 @@ def greedy_chat(text: str, max_new_tokens: int) -> str:
 
 def greedy_completion(text: str, max_new_tokens: int) -> str:
     return text_of(greedy_ids(prompt_ids(text), max_new_tokens))
+
+
+def top_two(prompt: list[int], output: list[int]) -> list[list[tuple[int, float]]]:
+    """Teacher-forced: for each output position the two best (id, log-probability), in float64."""
+    import torch
+
+    _, model = _loaded()
+    with torch.inference_mode():
+        logits = model.double()(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        model.float()
+        best = logits.double().log_softmax(-1).topk(2)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [list(zip(ids, values, strict=True)) for ids, values in rows]
