@@ -1,0 +1,222 @@
+"""One process' connection to Redis: calls of the protocol's functions, their retries, the meaning of their errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from functools import cache
+from importlib import resources
+from typing import Any, Self
+
+import redis
+import redis.asyncio
+from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+
+from common import keys
+from common.errors import Fenced, StepGap, StoreError, StoreFull, StoreUnavailable, StoreUnsupported, UnknownIncarnation
+
+OLDEST_VERSION = (7, 0)
+MAX_CONNECTIONS = 64
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.5
+AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis.ReadOnlyError, TimeoutError, OSError)
+"""What may pass by itself. A call that failed so may have been done: every function is safe to call again."""
+
+
+class ServerChanged(redis.ConnectionError):
+    """The server behind the URL is another process than before: it may have lost its last writes."""
+
+
+@cache
+def library() -> tuple[str, str]:
+    """The atomic functions as one Redis Functions library: (its source, the first 8 hex digits of the source's hash).
+
+    The hash is part of every name, so that processes of two versions call each their own code on one server.
+    """
+    folder = resources.files("common") / "lua"
+    names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".lua") and item.name != "_prelude.lua")
+    parts = [folder.joinpath("_prelude.lua").read_text()]
+    parts += [f"do\n{folder.joinpath(name).read_text()}\nend\n" for name in names]
+    source = "\n".join(parts)
+    version = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"#!lua name=inferfleet_{version}\nlocal VERSION = '{version}'\n{source}", version
+
+
+class Connection:
+    """A pool of connections without redis-py's own retries, and `call` for the functions of the protocol.
+
+    `generation` rises when the server process behind the URL changed (restart, failover). Whoever owns jobs must then
+    say hello, look at what it owns and adopt the rest before its next step.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self.timeout_s = url, timeout_s
+        self.run_id = ""
+        self.generation = 0
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=self._on_connect,
+            driver_info=None,
+        )
+        self.redis: redis.asyncio.Redis = redis.asyncio.Redis(connection_pool=pool)
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, url: str, *, timeout_s: float = 5.0) -> Self:
+        """Connect and see to it that the server can do what the protocol needs.
+
+        Raises:
+            StoreUnavailable: nobody answers at `url`.
+            StoreUnsupported: the server is older than 7.0 or has no functions.
+        """
+        connection = cls(url, timeout_s)
+        try:
+            await connection._check_server()
+            await connection._load()
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def close(self) -> None:
+        await self._pool.disconnect()
+
+    async def call(self, function: str, lane: str, *args: bytes | str | int | float, generation: int = -1) -> Any:
+        """Call a function of the library and repeat it while replies get lost, within twice the time-out.
+
+        With `generation` the call is made only to the server process that the caller has met.
+
+        Raises:
+            StoreUnavailable, StoreFull, StoreUnsupported, Fenced, UnknownIncarnation, StepGap, StoreError
+        """
+        limit = time.monotonic() + 2 * self.timeout_s
+        pause = FIRST_PAUSE_S
+        while True:
+            if generation not in (-1, self.generation):
+                raise UnknownIncarnation("the Redis server was replaced")
+            try:
+                return await self._call_once(function, lane, args)
+            except AWAY as error:
+                self._note_loss(error)
+                if time.monotonic() + pause > limit:
+                    raise StoreUnavailable(f"Redis is away: {error}") from error
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def run(self, *command: bytes | str | int | float) -> Any:
+        """A plain Redis command, once, with errors mapped as in `call`. For reads and writes outside lanes."""
+        try:
+            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        except AWAY as error:
+            self._note_loss(error)
+            raise StoreUnavailable(f"Redis is away: {error}") from error
+        except redis.ResponseError as error:
+            raise meaning_of(error) from error
+
+    async def _call_once(self, function: str, lane: str, args: tuple[bytes | str | int | float, ...]) -> Any:
+        command = ("FCALL", f"fleet_{function}_{library()[1]}", 1, keys.tag(lane), *args)
+        try:
+            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        except AWAY:
+            raise
+        except redis.ResponseError as error:
+            if "Function not found" not in str(error):
+                raise meaning_of(error) from error
+        await self._load()
+        try:
+            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        except AWAY:
+            raise
+        except redis.ResponseError as error:
+            raise meaning_of(error) from error
+
+    async def _load(self) -> None:
+        """Put our library on the server, unless it is there; never replace one that others may be calling."""
+        source, version = library()
+        try:
+            await self.redis.execute_command("FUNCTION", "LOAD", source)  # type: ignore[no-untyped-call]
+        except AWAY as error:
+            raise StoreUnavailable(f"Redis is away: {error}") from error
+        except redis.ResponseError as error:
+            if f"'inferfleet_{version}' already exists" in str(error):
+                return
+            if "unknown command" in str(error) or "NOPERM" in str(error) or isinstance(error, NoPermissionError):
+                raise StoreUnsupported(
+                    "this Redis server does not offer FUNCTION LOAD, which needs Redis 7.0 or newer"
+                ) from error
+            raise meaning_of(error) from error
+
+    async def _check_server(self) -> None:
+        try:
+            info = await self.redis.info("server")
+        except NoPermissionError:
+            return
+        except AWAY as error:
+            raise StoreUnavailable(f"cannot reach Redis: {error}") from error
+        except redis.ResponseError as error:
+            raise meaning_of(error) from error
+        version = str(info.get("redis_version", ""))
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+        if numbers and numbers < OLDEST_VERSION:
+            raise StoreUnsupported(f"this is Redis {version}, but version 7.0 or newer is needed")
+
+    async def _on_connect(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+        await connection.send_command("INFO", "server")
+        try:
+            text = await connection.read_response()
+        except NoPermissionError:
+            return
+        run_id = _run_id(text)
+        if run_id == self.run_id:
+            return
+        is_first = not self.run_id
+        self.run_id = run_id
+        if not is_first:
+            self.generation += 1
+            raise ServerChanged("the Redis server was replaced")
+
+    def _note_loss(self, error: Exception) -> None:
+        """Without leave to ask for the server's identity, every broken connection might mean another server."""
+        if not self.run_id and isinstance(error, redis.ConnectionError):
+            self.generation += 1
+
+
+def _run_id(info: Any) -> str:
+    text = info.decode() if isinstance(info, bytes) else str(info)
+    for line in text.splitlines():
+        if line.startswith("run_id:"):
+            return line.removeprefix("run_id:").strip()
+    return ""
+
+
+def meaning_of(error: redis.ResponseError) -> StoreError:
+    """Our exception for an error reply of the server or of one of our functions."""
+    text = str(error)
+    words = text.split()
+    first = words[0] if words else ""
+    if first == "FENCED":
+        return Fenced("this incarnation was sealed or superseded")
+    if first == "UNKNOWN":
+        return UnknownIncarnation("Redis does not know this incarnation")
+    if first == "GAP":
+        return StepGap(words[1], int(words[2]))
+    if isinstance(error, redis.OutOfMemoryError) or first in ("OOM", "FULL"):
+        return StoreFull("Redis is at its memory limit")
+    if first in ("LOADING", "MISCONF", "READONLY", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "BUSY"):
+        return StoreUnavailable(f"Redis refuses writes: {text}")
+    if isinstance(error, redis.AuthenticationError | NoPermissionError):
+        return StoreUnsupported(f"Redis refuses this user: {text}")
+    if "unknown command" in text:
+        return StoreUnsupported("this Redis server does not offer functions, which need Redis 7.0 or newer")
+    return StoreError(text)
