@@ -1,0 +1,122 @@
+"""The `inferfleet` command beside a running fleet: ctl, chat, and what wrong options say. Exact status, exact text."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.conftest import Served
+from tests.support import oracle
+from tests.support.fleet import ROOT
+
+
+def inferfleet(served: Served, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.cli", *arguments]
+    env = served.environment() | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=env)
+
+
+def test_ctl_workers_json(served: Served) -> None:
+    workers = json.loads(inferfleet(served, "ctl", "workers", "--json").stdout)
+    assert len(workers) == 1
+    assert {"id", "pid", "host", "model", "state", "running"} <= set(workers[0])
+    assert workers[0]["state"] == "ready"
+    assert Path(f"/proc/{workers[0]['pid']}").exists()
+
+
+@pytest.mark.parametrize("command", [["workers"], ["jobs"], ["queue"], ["dead-letters"], ["key", "list"]])
+def test_ctl_prints_tables(served: Served, command: list[str]) -> None:
+    done = inferfleet(served, "ctl", *command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def test_ctl_job_and_cancel(served: Served) -> None:
+    with served.client() as client:
+        job_id = client.post("/v1/jobs?wait=30", json={"input": {"inputs": "Count to 10"}}).json()["id"]
+    shown = json.loads(inferfleet(served, "ctl", "job", job_id, "--json").stdout)
+    assert shown["status"] == "completed"
+    cancelled = json.loads(inferfleet(served, "ctl", "cancel", job_id, "--json").stdout)
+    assert cancelled["status"] == "completed"
+
+
+def test_chat_streams_the_reference_text(served: Served) -> None:
+    done = inferfleet(served, "chat", "--temperature", "0", "--max-tokens", "64", "What is deep learning?")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == oracle.greedy_chat("What is deep learning?", 64) + "\n"
+
+
+@dataclass(frozen=True)
+class BadCommand:
+    """A command line that is refused: its arguments, environment and the one line on standard error."""
+
+    arguments: list[str]
+    message: str
+    status: int = 2
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+BAD = [
+    BadCommand(["serve"], "inferfleet: no command 'serve'; there are up, gateway, worker, ctl, chat, demo, edge, version"),
+    BadCommand(["up", "--prot", "1"], "inferfleet up: unknown option --prot; did you mean --port?"),
+    BadCommand(["up", "--port", "x"], "inferfleet up: --port: Input should be a valid integer, unable to parse string as an integer"),
+    BadCommand(["up"], "inferfleet up: --port: Input should be less than or equal to 65535", environment={"PORT": "99999"}),
+    BadCommand(["up", "--quantize", "awq"], "inferfleet up: --quantize: is not available in this version"),
+    BadCommand(["up", "--num-shard", "2"], "inferfleet up: --num-shard: is not available in this version"),
+    BadCommand(["up", "--workers", "many"], "inferfleet up: --workers: Input should be a valid integer, unable to parse string as an integer"),
+    BadCommand(["up", "--dtype", "int4"], "inferfleet up: --dtype: Input should be 'auto', 'float16', 'bfloat16', 'float32' or 'float64'"),
+    BadCommand(["gateway"], "inferfleet gateway: a gateway needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own"),
+    BadCommand(["worker"], "inferfleet worker: a worker needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own"),
+    BadCommand(["chat", "--url", "http://127.0.0.1:9", "hi"], "inferfleet chat: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
+    BadCommand(["ctl", "workers", "--url", "http://127.0.0.1:9"], "inferfleet ctl: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
+    BadCommand(["ctl", "key", "create"], "inferfleet ctl: key create needs a tenant"),
+]  # fmt: skip
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else ""
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: " ".join(bad.arguments))
+def test_wrong_command_lines_are_one_line(served: Served, bad: BadCommand) -> None:
+    done = inferfleet(served, *bad.arguments, **bad.environment)
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (bad.status, bad.message, "")
+
+
+def test_port_taken(served: Served, tmp_path: Path) -> None:
+    done = inferfleet(served, "up", "--port", str(served.port), "--data-dir", str(tmp_path))
+    expected = f"inferfleet up: cannot listen on 127.0.0.1:{served.port}: Address already in use; choose another --port"
+    assert (done.returncode, done.stderr.strip()) == (2, expected)
+
+
+def test_missing_model(served: Served, tmp_path: Path) -> None:
+    """One sentence, exit status 2, and no restart loop."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    missing = tmp_path / "no-model"
+    done = inferfleet(served, "up", "--port", str(port), "--data-dir", str(tmp_path), "--model-id", str(missing))
+    assert done.returncode == 2
+    assert last_line(done.stderr).startswith("inferfleet up: ")
+    assert str(missing) in last_line(done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_redis_away(served: Served) -> None:
+    done = inferfleet(served, "gateway", "--port", "0", "--redis-url", "redis://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "127.0.0.1:9" in last_line(done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_fleet_still_answers(served: Served) -> None:
+    """After every refusal above a good request succeeds."""
+    with served.client() as client:
+        answer = client.post("/generate", json={"inputs": "Count to 10", "parameters": {"max_new_tokens": 5}})
+    assert answer.json() == {"generated_text": oracle.greedy_completion("Count to 10", 5)}
