@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -47,19 +48,19 @@ def free_port() -> int:
 
 
 @contextmanager
-def fleet(folder: str) -> Iterator[httpx.Client]:
-    """A fleet of two workers of its own, gone at the end; yields a client of its gateway."""
+def fleet(folder: str, *, num_workers: int = 2, redis_url: str = "") -> Iterator[httpx.Client]:
+    """A fleet of its own on a free port, gone at the end; yields a client of its gateway."""
     port = free_port()
-    options = ["--port", str(port), "--workers", "2", "--data-dir", folder, "--hostname", "127.0.0.1"]
+    options = ["--port", str(port), "--workers", str(num_workers), "--data-dir", folder, "--hostname", "127.0.0.1"]
     environment = {key: value for key, value in os.environ.items() if key not in ("REDIS_URL", "API_KEY", "MODEL_ID")}
-    environment |= {"INFERFLEET_LEASE": "2", "INFERFLEET_GRACEFUL_TERMINATION_TIMEOUT": "5"}
-    log = open(os.path.join(folder, "fleet.log"), "wb")  # noqa: SIM115 - lives as long as the fleet
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ops.cli", "up", *options], stdout=log, stderr=log, env=environment
-    )
+    environment |= {"INFERFLEET_LEASE": "2", "GRACEFUL_TERMINATION_TIMEOUT": "5"}
+    environment |= {"REDIS_URL": redis_url} if redis_url else {}
+    command = [sys.executable, "-m", "ops.cli", "up", *options]
+    with open(os.path.join(folder, "fleet.log"), "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            _wait_for_workers(client, process)
+            _wait_for_workers(client, process, num_workers)
             yield client
     finally:
         process.send_signal(signal.SIGTERM)
@@ -67,19 +68,18 @@ def fleet(folder: str) -> Iterator[httpx.Client]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
-        log.close()
 
 
-def _wait_for_workers(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_workers(client: httpx.Client, process: subprocess.Popen[bytes], num_workers: int) -> None:
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            if sum(worker["state"] == "ready" for worker in workers(client)) == 2:
+            if sum(worker["state"] == "ready" for worker in workers(client)) == num_workers:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise ConfigurationError("the two workers did not start")
+    raise ConfigurationError("the workers did not start")
 
 
 def workers(client: httpx.Client) -> list[dict[str, Any]]:
@@ -105,30 +105,23 @@ def finished_text(client: httpx.Client, job_id: str) -> str:
             return str(answer["output_text"])
 
 
-def disturb(client: httpx.Client, job_id: str) -> tuple[str, int, str, int, str]:
+def disturb(client: httpx.Client, job_id: str) -> Outcome:
     """Follow the job; kill -9 its worker once KILL_AFTER tokens were seen, and note who goes on from where."""
-    import json
-
-    killed, killed_at, seen, pieces = "", 0, 0, []
-    continued_by, continued_at = "", 0
+    killed, continued_by, last, continued_at = "", "", 0, 0
+    pieces: list[str] = []
     with client.stream("GET", f"/v1/jobs/{job_id}/stream") as response:
         for line in response.iter_lines():
-            if not line.startswith("data: "):
-                continue
-            event = json.loads(line.removeprefix("data: "))
+            event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {"type": ""}
             if event["type"] == "job.delta":
-                if killed and not continued_by:
-                    owner = job(client, job_id)["worker"]
-                    # tokens that the dead worker had already made durable may still come from the log
-                    if owner and owner != killed:
-                        continued_by, continued_at = owner, event["start"]
-                seen = event["end"]
+                continued_at = continued_at or (event["start"] if continued_by else 0)
+                last = last if continued_by else event["end"]
                 pieces.append(event["text"])
-            if seen >= KILL_AFTER and not killed:
+            elif event["type"] == "job.status" and killed and event["status"] == "in_progress":
+                continued_by = job(client, job_id)["worker"]
+            if last >= KILL_AFTER and not killed:
                 killed = job(client, job_id)["worker"]
                 _kill(client, killed)
-                killed_at = seen
-    return killed, killed_at, continued_by, continued_at, "".join(pieces)
+    return Outcome(killed, last, continued_by, continued_at, "".join(pieces), "")
 
 
 def _kill(client: httpx.Client, worker_id: str) -> None:
@@ -138,8 +131,7 @@ def _kill(client: httpx.Client, worker_id: str) -> None:
 
 def show(client: httpx.Client) -> Outcome:
     undisturbed = finished_text(client, submit(client))
-    killed, killed_at, continued_by, continued_at, text = disturb(client, submit(client))
-    return Outcome(killed, killed_at, continued_by, continued_at, text, undisturbed)
+    return replace(disturb(client, submit(client)), undisturbed=undisturbed)
 
 
 def main(arguments: list[str]) -> int:
