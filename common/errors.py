@@ -13,7 +13,8 @@ InferfleetError
 └── RequestError               refused by us, with HTTP status, error type and code
     ├── BadRequest 400         ├── Unauthorized 401      ├── Forbidden 403        ├── NotFound 404
     ├── Conflict 409           ├── PayloadTooLarge 413   ├── UnsupportedMediaType 415
-    ├── ValidationError 422    ├── Overloaded 429        └── Unavailable 503
+    ├── ValidationError 422    ├── GenerationFailed 424  ├── Overloaded 429        ├── Unavailable 503
+    │   └── TemplateError      └── GenerationExpired 504
 """
 
 from __future__ import annotations
@@ -137,6 +138,19 @@ class ValidationError(RequestError):
     openai_type = "invalid_request_error"
 
 
+class TemplateError(ValidationError):
+    """A chat template is missing, broken or refuses the messages."""
+
+    default_type = "template_error"
+
+
+class GenerationFailed(RequestError):
+    """424, as TGI answers when a request fails after it was accepted."""
+
+    status = 424
+    default_type = "generation"
+
+
 class Overloaded(RequestError):
     status = 429
     default_type = "overloaded"
@@ -147,3 +161,10 @@ class Unavailable(RequestError):
     status = 503
     default_type = "unavailable"
     openai_type = "server_error"
+
+
+class GenerationExpired(RequestError):
+    """504: the deadline of the job passed before its end."""
+
+    status = 504
+    default_type = "expired"

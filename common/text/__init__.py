@@ -1,0 +1,1 @@
+"""Tokenizer, incremental detokenisation and chat templates, without torch."""

@@ -1,0 +1,124 @@
+"""Which models are served: the cards that workers announce, and the tokenizer and chat template of each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.card import ModelCard
+from common.errors import NotFound, StoreError, TemplateError, Unavailable
+from common.text.template import ChatTemplate
+from common.text.tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+ANY_MODEL = frozenset({"tgi", "dummy", ""})
+"""Names sent by clients that cannot know what is served: they mean the only model there is."""
+REFRESH_S = 1.0
+RETRY_AFTER_S = 5.0
+
+
+class CardStore(Protocol):
+    """The part of the fleet store that is needed here."""
+
+    async def cards(self) -> list[ModelCard]: ...
+
+    async def tokenizer(self, digest: str) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A card with what text needs. `template` is None without a chat template, or when `template_error` says why."""
+
+    card: ModelCard
+    tokenizer: TextTokenizer
+    template: ChatTemplate | None
+    template_error: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.card.served_name, *self.card.aliases)
+
+
+class ModelRegistry:
+    """Follows the cards on Redis. Lookups never wait: a model counts from the refresh after its announcement on."""
+
+    def __init__(self, fleet: CardStore, *, refresh_s: float = REFRESH_S) -> None:
+        self._fleet, self._refresh_s = fleet, refresh_s
+        self._models: dict[str, ServedModel] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the cards once, then keep reading them in the background."""
+        await self._try_refresh()
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def refresh(self) -> None:
+        """Take over what Redis says now. Tokenizers are loaded in a thread, each digest once.
+
+        Raises:
+            StoreError: if Redis does not answer; what was known stays.
+        """
+        cards = {card.lane: card for card in await self._fleet.cards()}
+        for lane, card in cards.items():
+            known = self._models.get(lane)
+            if known is None or known.card != card:
+                self._models[lane] = await self._serve(card)
+        self._models = {lane: model for lane, model in self._models.items() if lane in cards}
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            await self._try_refresh()
+
+    async def _try_refresh(self) -> None:
+        try:
+            await self.refresh()
+        except StoreError as error:
+            log.warning("cannot read the model cards", extra={"reason": str(error)})
+
+    async def _serve(self, card: ModelCard) -> ServedModel:
+        tokenizer = next((m.tokenizer for m in self._models.values() if _same_tokenizer(m.card, card)), None)
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(TextTokenizer, await self._fleet.tokenizer(card.tokenizer_digest))
+        if not card.chat_template:
+            return ServedModel(card, tokenizer, None, "")
+        try:
+            return ServedModel(card, tokenizer, ChatTemplate(card.chat_template, card.bos_token, card.eos_token))
+        except TemplateError as error:
+            return ServedModel(card, tokenizer, None, error.message)
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """Served models by lane."""
+        return self._models
+
+    def resolve(self, name: str | None) -> ServedModel:
+        """The model a client means. Of two lanes with one name (a rollout) the newer card counts.
+
+        Raises:
+            NotFound: the name is unknown; the message lists the known ones.
+            Unavailable: no worker has announced a model yet.
+        """
+        served = sorted(self._models.values(), key=lambda model: model.card.created, reverse=True)
+        if not served:
+            raise Unavailable("no model is served yet", code="no_worker", retry_after_s=RETRY_AFTER_S)
+        for model in served:
+            if name in model.names:
+                return model
+        if (name or "") in ANY_MODEL and len({model.card.served_name for model in served}) == 1:
+            return served[0]
+        known = ", ".join(dict.fromkeys(name for model in served for name in model.names))
+        raise NotFound(f"unknown model {name or ''!r}; served here: {known}", code="model_not_found", param="model")
+
+
+def _same_tokenizer(one: ModelCard, other: ModelCard) -> bool:
+    return one.tokenizer_digest == other.tokenizer_digest
