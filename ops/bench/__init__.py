@@ -1,1 +1,1 @@
-"""Measurements: every figure is a ratio or a cost within one run. `make bench` runs them all and prints their tables."""
+"""Measurements: each figure is a ratio or a cost within one run. `make bench` runs all and prints their tables."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -55,7 +56,7 @@ async def one_stream(client: httpx.AsyncClient, index: int, num_tokens: int) -> 
                 last = int(line.removeprefix("id: "))
             elif line.startswith("data: {") and json.loads(line.removeprefix("data: "))["choices"]:
                 moments.append(time.perf_counter())
-    return last, [1000 * (after - before) for before, after in zip(moments[1:], moments[2:], strict=False)]
+    return last, [1000 * (after - before) for before, after in itertools.pairwise(moments[1:])]
 
 
 async def all_streams(url: str, num_streams: int, num_tokens: int) -> list[tuple[int, list[float]]]:
@@ -65,7 +66,7 @@ async def all_streams(url: str, num_streams: int, num_tokens: int) -> list[tuple
 
 
 def cpu_seconds(server: redis.Redis) -> float:
-    info: dict[str, Any] = server.info("cpu")  # type: ignore[assignment]
+    info: dict[str, Any] = server.info("cpu")
     return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
@@ -92,7 +93,7 @@ def monitored(url: str) -> Iterator[Counter[str]]:
     stop = threading.Event()
 
     def read() -> None:
-        with redis.Redis.from_url(url).monitor() as monitor:
+        with redis.Redis.from_url(url).monitor() as monitor:  # type: ignore[no-untyped-call]
             while not stop.is_set():
                 event = monitor.next_command()
                 if event["client_type"] != "lua":

@@ -111,7 +111,9 @@ def disturb(client: httpx.Client, job_id: str) -> Outcome:
     pieces: list[str] = []
     with client.stream("GET", f"/v1/jobs/{job_id}/stream") as response:
         for line in response.iter_lines():
-            event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {"type": ""}
+            event: dict[str, Any] = {"type": ""}
+            if line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
             if event["type"] == "job.delta":
                 continued_at = continued_at or (event["start"] if continued_by else 0)
                 last = last if continued_by else event["end"]
