@@ -83,7 +83,7 @@ def _load_and_run(settings: WorkerSettings, load: LoadDevice, inbox: Inbox, send
 
 def _load_torch_device(settings: WorkerSettings, on_progress: OnProgress) -> tuple[Device, Ready]:
     # Imported here: torch takes seconds, and the agent's first sign of life should not wait for it.
-    from worker.runner.torch_device import load_device
+    from worker.runner.load import load_device
 
     return load_device(settings, on_progress)
 

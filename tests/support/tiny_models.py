@@ -1,6 +1,6 @@
 """Tiny random checkpoints of the supported families, made by transformers, with a byte-level tokenizer.
 
-Weights are drawn so that every norm, bias and position matters: a forward pass that forgets one of them is visibly wrong.
+Weights are drawn so that every norm, bias and position matters: a forward pass that forgets one is visibly wrong.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Attention(Protocol):
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: Any, layer: LayerShape) -> Tensor:
         """Causal attention of this step's queries over the pages, which hold the step's own keys already.
 
-        `q` [t, heads, d], pages [pages, page size, kv heads, d]; heads is a multiple of kv heads. Returns [t, heads, d].
+        `q` [t, heads, d], pages [pages, page size, kv heads, d]; heads is a multiple of kv
+        heads. Returns [t, heads, d].
         """
 
 

@@ -110,7 +110,7 @@ def _attend_chunk(q: Tensor, k_pages: Tensor, v_pages: Tensor, chunk: PromptChun
     v = v_pages.index_select(0, chunk.blocks).flatten(0, 1).transpose(0, 1).unsqueeze(1)
     group = q.shape[1] // k.shape[0]
     for part in chunk.slices:
-        queries = q[part.first : part.end].unflatten(1, (-1, group)).permute(1, 2, 0, 3)
+        queries = q[part.first : part.end].view(-1, len(k), group, q.shape[2]).permute(1, 2, 0, 3)
         keys = k[:, :, part.key_first : part.key_end].expand(-1, group, -1, -1)
         values = v[:, :, part.key_first : part.key_end].expand(-1, group, -1, -1)
         result = scaled_dot_product_attention(

@@ -21,21 +21,22 @@ ACTIVATIONS = {
     "relu": Activation.RELU,
 }
 
-HARMLESS = frozenset(
-    # description of the file and of training
-    "architectures auto_map model_type transformers_version torch_dtype dtype _name_or_path _commit_hash "
-    "initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp "
-    "gradient_checkpointing use_cache _attn_implementation_autoset task_specific_params finetuning_task "
-    # token ids, which the tokenizer and the generation config decide
-    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id "
-    # defaults that old versions of transformers wrote into every file
-    "return_dict id2label label2id problem_type tokenizer_class prefix output_attentions output_hidden_states "
-    "chunk_size_feed_forward is_encoder_decoder is_decoder max_length min_length do_sample num_beams num_beam_groups "
-    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size diversity_penalty "
-    "early_stopping num_return_sequences encoder_no_repeat_ngram_size begin_suppress_tokens suppress_tokens "
-    "bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
-    "tf_legacy_loss use_bfloat16 torchscript pruned_heads".split()
-)
+HARMLESS_TEXT = """
+architectures auto_map model_type transformers_version torch_dtype dtype _name_or_path _commit_hash
+initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
+gradient_checkpointing use_cache _attn_implementation_autoset task_specific_params finetuning_task
+bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+return_dict id2label label2id problem_type tokenizer_class prefix output_attentions output_hidden_states
+chunk_size_feed_forward is_encoder_decoder is_decoder max_length min_length do_sample num_beams num_beam_groups
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size diversity_penalty
+early_stopping num_return_sequences encoder_no_repeat_ngram_size begin_suppress_tokens suppress_tokens
+bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+tf_legacy_loss use_bfloat16 torchscript pruned_heads
+"""
+"""Notes about the file and its training; token ids, which the tokenizer and the generation config decide; and defaults
+that old versions of transformers wrote into every file."""
+
+HARMLESS = frozenset(HARMLESS_TEXT.split())
 """Keys that change nothing about the forward pass."""
 
 NEUTRAL: dict[str, object] = {"partial_rotary_factor": 1.0, "attention_factor": 1.0}

@@ -56,10 +56,10 @@ class Decoder:
     ) -> Tensor:
         spec = self.spec
         heads = linear(x, weights.qkv).view(len(x), -1, spec.head_dim)
-        turned, v = heads.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
+        turned, v = torch.split(heads, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], 1)
         if weights.qk_norm is not None:
             turned = rms_norm(turned, weights.qk_norm, spec.norm_eps)
-        q, k = rope.rotate(turned, *turns).split((spec.num_heads, spec.num_kv_heads), 1)
+        q, k = torch.split(rope.rotate(turned, *turns), [spec.num_heads, spec.num_kv_heads], 1)
         write_pages(pages[0], k, slots)
         write_pages(pages[1], v, slots)
         return linear(self._attention.attend(q, pages[0], pages[1], meta, shape).flatten(1), weights.out)

@@ -1,4 +1,4 @@
-"""What a decoder is, as plain values: everything in which architectures differ and nothing of how tensors are stored."""
+"""What a decoder is, as plain values: all in which architectures differ, and nothing of how tensors are stored."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Checkpoint:
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             try:
-                self._handles[path] = safe_open(path, framework="pt").__enter__()
+                self._handles[path] = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise ConfigurationError(f"{path} is damaged ({error}); download it again") from error
         return self._handles[path]
@@ -159,9 +159,10 @@ class DummySource:
 
     dtype = torch.bfloat16
 
-    def __init__(self, is_tied: bool, total_bytes: int = 0, on_progress: ProgressFunction | None = None) -> None:
+    def __init__(self, spec: Spec, on_progress: ProgressFunction | None = None) -> None:
         self._generator = torch.Generator().manual_seed(DUMMY_SEED)
-        self._is_tied, self._total, self._on_progress, self._done = is_tied, total_bytes, on_progress, 0
+        self._is_tied, self._total = spec.is_tied, num_parameters(spec) * self.dtype.itemsize
+        self._on_progress, self._done = on_progress, 0
 
     def has(self, name: str) -> bool:
         return not (self._is_tied and name.startswith("lm_head"))
@@ -171,7 +172,7 @@ class DummySource:
             target.fill_(1.0)
         else:
             target.normal_(0.0, 0.02, generator=self._generator)
-        self._done += target.nbytes
+        self._done += target.numel() * self.dtype.itemsize
         if self._on_progress is not None:
             self._on_progress(min(self._done, self._total), self._total)
 

@@ -1,0 +1,200 @@
+"""From options to a device that is ready: weights, type, memory for keys and values, and the limits that follow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import ConfigurationError
+from common.settings import WorkerSettings
+from worker.attention import Attention
+from worker.attention.cpu import CpuAttention
+from worker.attention.reference import ReferenceAttention
+from worker.engine.device import fitting_total_tokens
+from worker.model.config import read_config
+from worker.model.decoder import Decoder
+from worker.model.families import Family, read_spec
+from worker.model.spec import Spec
+from worker.model.weights import (
+    DUMMY_SEED,
+    Checkpoint,
+    DummySource,
+    TensorSource,
+    load_weights,
+    num_parameters,
+    weights_digest,
+)
+from worker.pipe import Ready
+from worker.runner.memory import available_bytes, readable
+from worker.runner.torch_device import TorchDevice
+
+OnProgress = Callable[[str, int, int], None]
+
+DEFAULT_KV_BYTES = 2 << 30
+KV_SHARE_OF_FREE_MEMORY = 0.25
+DEFAULT_PREFILL_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    kv_tokens: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+
+
+def load_device(settings: WorkerSettings, on_progress: OnProgress) -> tuple[TorchDevice, Ready]:
+    """Load the model of `settings.model_id`, a local folder. `on_progress(phase, bytes done, bytes in all)`.
+
+    Raises:
+        ConfigurationError: if the model, an option or the memory does not allow it; one sentence with the fix.
+    """
+    reasons: list[str] = []
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    folder = Path(settings.model_id)
+    config = read_config(folder)
+    spec, family = read_spec(config)
+    source, digest, stored = _open(settings, folder, config, spec, on_progress)
+    dtype = choose_dtype(settings.dtype, stored, reasons)
+    _check_memory(num_parameters(spec) * dtype.itemsize)
+    decoder = _load(spec, family, source, dtype, settings.attention)
+    limits = choose_limits(settings, spec, spec.kv_bytes_per_token(dtype.itemsize), reasons)
+    device = _device(decoder, settings, limits)
+    return device, _ready(settings, spec, dtype, digest, limits, reasons)
+
+
+def _open(
+    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: Spec, on_progress: OnProgress
+) -> tuple[TensorSource, str, torch.dtype]:
+    """Where weights come from, their fingerprint and the type they are stored in."""
+
+    def report(done: int, total: int) -> None:
+        on_progress("weights", done, total)
+
+    if settings.load_format == "dummy":
+        source = DummySource(spec, report)
+        return source, f"dummy-{DUMMY_SEED}-{weights_digest(config, [])}", source.dtype
+    checkpoint = Checkpoint(folder, report)
+    return checkpoint, weights_digest(config, checkpoint.files), checkpoint.dtype
+
+
+def choose_dtype(option: str, stored: torch.dtype, reasons: list[str]) -> torch.dtype:
+    """The type to compute in: as stored, except that a CPU has no fast float16."""
+    if option != "auto":
+        return getattr(torch, option)  # type: ignore[no-any-return]
+    if stored is torch.float16:
+        reasons.append("dtype bfloat16: the checkpoint is float16, which a CPU computes slowly")
+        return torch.bfloat16
+    return stored
+
+
+def _check_memory(needed: int) -> None:
+    free = available_bytes()
+    if needed > free:
+        raise ConfigurationError(
+            f"the model needs {readable(needed)} for its weights but only {readable(free)} of memory is free; "
+            "choose a smaller model or --dtype bfloat16, or free memory"
+        )
+
+
+def _load(spec: Spec, family: Family, source: TensorSource, dtype: torch.dtype, attention: str) -> Decoder:
+    implementation: Attention = ReferenceAttention() if attention == "reference" else CpuAttention()
+    return Decoder(spec, load_weights(spec, family.names, source, dtype), implementation)
+
+
+def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, reasons: list[str]) -> Limits:
+    """Size of the KV pool and the longest request; whatever is lowered gets a reason.
+
+    Raises:
+        ConfigurationError: if nothing useful fits.
+    """
+    block_size = settings.block_size
+    asked = settings.max_total_tokens or spec.max_positions
+    if asked > spec.max_positions:
+        reasons.append(f"max_total_tokens {spec.max_positions} instead of {asked}: the model knows no more positions")
+        asked = spec.max_positions
+    kv_tokens = _kv_tokens(settings, asked, bytes_per_token, reasons)
+    total = fitting_total_tokens(asked, kv_tokens, block_size)
+    if total < 2:
+        raise ConfigurationError(
+            f"--kv-tokens {kv_tokens} is too small: it must be at least {3 * block_size}, three blocks"
+        )
+    if total < asked:
+        reasons.append(f"max_total_tokens {total} instead of {asked}: the KV cache holds {kv_tokens} tokens")
+    inputs = _max_input_tokens(settings, total, reasons)
+    return Limits(kv_tokens, inputs, total, settings.max_batch_prefill_tokens or DEFAULT_PREFILL_TOKENS)
+
+
+def _kv_tokens(settings: WorkerSettings, max_total_tokens: int, bytes_per_token: int, reasons: list[str]) -> int:
+    """Tokens in whole blocks: as asked, or what a share of the free memory holds."""
+    block_size, free = settings.block_size, available_bytes()
+    if settings.kv_tokens is not None:
+        if settings.kv_tokens * bytes_per_token > free:
+            raise ConfigurationError(
+                f"--kv-tokens {settings.kv_tokens} needs {readable(settings.kv_tokens * bytes_per_token)} "
+                f"but only {readable(free)} of memory is free; at most {free // bytes_per_token} fit"
+            )
+        return settings.kv_tokens // block_size * block_size
+    size = min(DEFAULT_KV_BYTES, int(free * KV_SHARE_OF_FREE_MEMORY))
+    useful = settings.max_num_seqs * (max_total_tokens + block_size)
+    kv_tokens = min(size // bytes_per_token, useful) // block_size * block_size
+    why = "all that the largest batch can use" if useful * bytes_per_token <= size else _share_text(size)
+    reasons.append(f"kv_tokens {kv_tokens} ({readable(kv_tokens * bytes_per_token)}): {why}; --kv-tokens changes it")
+    return kv_tokens
+
+
+def _share_text(size: int) -> str:
+    if size == DEFAULT_KV_BYTES:
+        return f"the default of {readable(size)}"
+    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of the free memory"
+
+
+def _max_input_tokens(settings: WorkerSettings, total: int, reasons: list[str]) -> int:
+    asked = settings.max_input_tokens
+    if asked is None or asked < total:
+        return asked or total - 1
+    if settings.max_total_tokens is not None and asked >= settings.max_total_tokens:
+        raise ConfigurationError(
+            f"--max-input-tokens {asked} must be smaller than --max-total-tokens {settings.max_total_tokens}"
+        )
+    reasons.append(f"max_input_tokens {total - 1} instead of {asked}: one token of {total} is for the answer")
+    return total - 1
+
+
+def _device(decoder: Decoder, settings: WorkerSettings, limits: Limits) -> TorchDevice:
+    try:
+        return TorchDevice(
+            decoder,
+            num_blocks=limits.kv_tokens // settings.block_size,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_total_tokens=limits.max_total_tokens,
+        )
+    except (MemoryError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"there is no memory for a KV cache of {limits.kv_tokens} tokens; lower --kv-tokens"
+        ) from error
+
+
+def _ready(
+    settings: WorkerSettings, spec: Spec, dtype: torch.dtype, digest: str, limits: Limits, reasons: list[str]
+) -> Ready:
+    return Ready(
+        vocab_size=spec.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        quantize="none",
+        weights_digest=digest,
+        kv_tokens=limits.kv_tokens,
+        block_size=settings.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
+        step_limit_s=settings.step_limit,
+        reasons=reasons,
+    )

@@ -1,0 +1,102 @@
+"""The device of the engine core on torch: applies a plan to rows and pages, runs the decoder, samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.attention import Batch
+from worker.engine.device import TOKEN_ON_DEVICE, StepPlan, StepResult
+from worker.model.decoder import Decoder
+from worker.runner.rows import Ints, Rows
+from worker.runner.sampler import sample
+
+NOT_IN_VOCABULARY = "a token of the prompt is outside the model's vocabulary"
+
+
+class TorchDevice:
+    """A CPU runs what it is told at once, so nothing is ever in flight: `forward` and `sample` return when done.
+
+    `pages` [layers, 2, num_blocks + 1, block size, kv heads, head_dim] holds all keys and values; page 0 is for
+    padding.
+    """
+
+    depth = 0
+
+    def __init__(
+        self, decoder: Decoder, *, num_blocks: int, block_size: int, max_num_seqs: int, max_total_tokens: int
+    ) -> None:
+        spec = decoder.spec
+        self._decoder, self._block_size = decoder, block_size
+        shape = (spec.num_layers, 2, num_blocks + 1, block_size, spec.num_kv_heads, spec.head_dim)
+        self.pages = torch.zeros(shape, dtype=decoder.dtype)
+        self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, spec.vocab_size)
+        self._row_errors: dict[int, str] = {}
+        self._logits = torch.zeros((0, spec.vocab_size), dtype=decoder.dtype)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> None:
+        self._apply(plan)
+        rows, num_queries = plan.rows.astype(np.int64), plan.num_tokens.astype(np.int64)
+        starts, ends = plan.starts.astype(np.int64), np.cumsum(num_queries)
+        tokens = self._tokens(plan, ends)
+        offsets = np.arange(len(tokens)) - np.repeat(ends - num_queries, num_queries)
+        positions = np.repeat(starts, num_queries) + offsets
+        pages = self.rows.block_tables[np.repeat(rows, num_queries), positions // self._block_size]
+        slots = torch.from_numpy(pages * self._block_size + positions % self._block_size)
+        batch = Batch(num_queries, starts, self._tables(rows, starts + num_queries), slots)
+        wanted = torch.from_numpy(ends[plan.samples] - 1)
+        self._logits = self._decoder.forward(
+            torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted
+        )
+
+    @torch.inference_mode()
+    def sample(self, plan: StepPlan) -> StepResult:
+        rows = plan.rows[plan.samples].astype(np.int64)
+        last_positions = (plan.starts + plan.num_tokens - 1)[plan.samples]
+        output_indices = last_positions + 1 - self.rows.parameters["num_prompt"][rows]
+        sampled = sample(self._logits, rows, output_indices, self.rows)
+        self.rows.remember(rows, sampled.ids)
+        for index in sampled.errors:
+            self._clean(int(rows[index]), int(last_positions[index]) + 1)
+        errors = sampled.errors | {
+            index: self._row_errors[row] for index, row in enumerate(rows.tolist()) if row in self._row_errors
+        }
+        return StepResult(
+            ids=sampled.ids.astype(np.int32),
+            logprobs=sampled.logprobs,
+            top_tokens=sampled.top_tokens,
+            errors=errors,
+        )
+
+    def collect(self, handle: StepResult) -> StepResult:
+        return handle
+
+    def _apply(self, plan: StepPlan) -> None:
+        for row in [*plan.freed_rows.tolist(), *(init.row for init in plan.new_rows)]:
+            self._row_errors.pop(row, None)
+        self.rows.apply(plan)
+
+    def _tokens(self, plan: StepPlan, ends: Ints) -> Ints:
+        """The step's input ids, with what the rows sampled last filled in."""
+        tokens = plan.tokens.astype(np.int64)
+        from_device = tokens[ends - 1] == TOKEN_ON_DEVICE
+        tokens[ends[from_device] - 1] = self.rows.last_ids[plan.rows[from_device]]
+        is_unknown = (tokens < 0) | (tokens >= self._decoder.spec.vocab_size)
+        if is_unknown.any():
+            # one request's error must not take the step's company with it
+            at_fault = plan.rows[np.searchsorted(ends, np.flatnonzero(is_unknown), side="right")]
+            self._row_errors |= dict.fromkeys(at_fault.tolist(), NOT_IN_VOCABULARY)
+            tokens[is_unknown] = 0
+        return tokens
+
+    def _tables(self, rows: Ints, lengths: Ints) -> Ints:
+        num_blocks = -(-int(lengths.max()) // self._block_size)
+        return self.rows.block_tables[rows, :num_blocks]
+
+    def _clean(self, row: int, length: int) -> None:
+        """Replace what is not a number in the pages of a failed row: whoever gets them next reads whole pages, and
+        masking cannot hide such values. Pages that others share hold only numbers and stay as they are."""
+        blocks: Tensor = torch.from_numpy(self.rows.block_tables[row, : -(-length // self._block_size)])
+        self.pages[:, :, blocks] = self.pages[:, :, blocks].nan_to_num(posinf=0.0, neginf=0.0)
