@@ -1,0 +1,257 @@
+"""A device without tensors whose keys and values can be told apart.
+
+What attention would read is simulated: each slot of a page holds (position, digest of the whole prefix up to
+there), and a forward pass checks that the pages of a row's block table spell exactly the row's history. The next
+token is a function of (seed, output index, digest as read), so that anything wrong in the pages also changes the
+output.
+
+Like a GPU it is late: what `forward` stages on the side (rows, tables) happens at the call, what it computes
+happens only when the result is collected. Moving into a row or a block that an uncollected step still uses is
+therefore an error.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.job import SamplingParams
+from worker.engine.device import RowInit, StepPlan, StepResult
+from worker.engine.scheduler import EngineLimits
+
+MASK = (1 << 63) - 1
+
+
+class DeviceMisuse(AssertionError):
+    """The engine core did something no device could survive."""
+
+
+def require(condition: object, message: str) -> None:
+    if not condition:
+        raise DeviceMisuse(message)
+
+
+def chain(digest: int, token: int) -> int:
+    """Digest of a prefix with one token more."""
+    return ((digest ^ (token + 1)) * 6364136223846793005 + 1442695040888963407) & MASK
+
+
+def token_of(seed: int, output_index: int, digest: int, vocab_size: int, forbidden: list[int]) -> int:
+    """What a model would sample next, avoiding `forbidden`."""
+    value = chain(chain(digest, seed), output_index) >> 17
+    token = value % vocab_size
+    while token in forbidden:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def logprob_of(token: int) -> float:
+    return -1.0 / (token + 2)
+
+
+@dataclass
+class Oracle:
+    """What a request gets when it runs alone; knows nothing of engines."""
+
+    vocab_size: int
+
+    def generate(
+        self, prompt: list[int], output: list[int], params: SamplingParams, eos: list[int]
+    ) -> tuple[list[int], str]:
+        """All output tokens, those given included, and how the last one ends the request."""
+        output, digest = list(output), 0
+        for token in prompt + output:
+            digest = chain(digest, token)
+        eos = [] if params.ignore_eos else eos
+        while not (finish := self.finish(output, params, eos)):
+            forbidden = [*eos, *params.stop_token_ids] if len(output) < params.min_tokens else []
+            output.append(token_of(params.seed, len(output), digest, self.vocab_size, forbidden))
+            digest = chain(digest, output[-1])
+        return output, finish
+
+    def finish(self, output: list[int], params: SamplingParams, eos: list[int]) -> str:
+        if len(output) == params.max_new_tokens:
+            return "length"
+        if len(output) <= params.min_tokens:
+            return ""
+        return "eos_token" if output[-1] in eos else "stop_sequence" if output[-1] in params.stop_token_ids else ""
+
+
+@dataclass
+class Row:
+    """The truth about one row, kept apart from tables and pages."""
+
+    init: RowInit
+    tokens: list[int]
+    digests: list[int]
+    num_launched: int = -1
+
+    def push(self, token: int) -> None:
+        self.tokens.append(token)
+        self.digests.append(chain(self.digests[-1] if self.digests else 0, token))
+
+
+@dataclass
+class Staged:
+    plan: StepPlan
+    rows: list[Row]
+    blocks: set[int]
+    is_sampled: bool = False
+
+
+class FakeDevice:
+    """`broken` maps a request id to the sentence that its sampling fails with."""
+
+    def __init__(self, limits: EngineLimits, depth: int = 0, broken: dict[str, str] | None = None) -> None:
+        self.limits, self.depth = limits, depth
+        self.broken = broken or {}
+        size = limits.block_size
+        self.positions = np.full((limits.num_blocks + 1, size), -1, np.int64)
+        self.digests = np.zeros((limits.num_blocks + 1, size), np.int64)
+        self.tables = np.zeros((limits.max_num_seqs, -(-limits.max_total_tokens // size)), np.int32)
+        self.rows: dict[int, Row] = {}
+        self.staged: deque[Staged] = deque()
+        self.last_step = 0
+        self.num_late_tokens_max = 0
+
+    def forward(self, plan: StepPlan) -> None:
+        self._check_shape(plan)
+        require(len(self.staged) <= self.depth, "more steps in flight than the device is deep")
+        require(
+            all(step.is_sampled for step in self.staged), "a forward pass was launched before the sampling of the last"
+        )
+        for row in plan.freed_rows.tolist():
+            require(not self._is_in_flight(row), f"row {row} was freed while in flight")
+            del self.rows[row]
+        for init in plan.new_rows:
+            self._move_in(init)
+        self._grow_tables(plan)
+        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist()):
+            self._launch_row(self.rows[row], start, count)
+        blocks = {block for row in plan.rows.tolist() for block in self._blocks_of(row)}
+        self.staged.append(Staged(plan, [self.rows[row] for row in plan.rows.tolist()], blocks))
+
+    def sample(self, plan: StepPlan) -> Staged:
+        require(self.staged and self.staged[-1].plan is plan and not self.staged[-1].is_sampled, "sampled out of order")
+        self.staged[-1].is_sampled = True
+        return self.staged[-1]
+
+    def collect(self, handle: Staged) -> StepResult:
+        require(self.staged and self.staged[0] is handle and handle.is_sampled, "collected out of order")
+        reads = self._read_all(handle)
+        ids = self._write_and_sample(handle, reads)
+        self.staged.popleft()
+        sampling = [row for row, samples in zip(handle.rows, handle.plan.samples.tolist()) if samples]
+        wanted = [row.init.params.num_top_logprobs for row in sampling]
+        return StepResult(
+            ids=np.array(ids, np.int32),
+            logprobs=np.array([logprob_of(token) for token in ids], np.float32),
+            top_tokens=[[(token, -float(rank)) for rank in range(count)] for token, count in zip(ids, wanted)]
+            if any(wanted)
+            else [],
+            errors={
+                index: self.broken[row.init.request_id]
+                for index, row in enumerate(sampling)
+                if row.init.request_id in self.broken
+            },
+        )
+
+    # Staged at the call.
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        limits = self.limits
+        num_rows, num_tokens = len(plan.rows), int(plan.num_tokens.sum())
+        require(plan.step == self.last_step + 1, f"step {plan.step} after {self.last_step}")
+        self.last_step = plan.step
+        require(num_rows > 0 and len(set(plan.rows.tolist())) == num_rows, "no rows, or one twice")
+        require(len(plan.num_tokens) == len(plan.starts) == len(plan.samples) == num_rows, "columns differ in length")
+        require(plan.num_tokens.min() >= 1 and len(plan.tokens) == num_tokens, "token counts are wrong")
+        require(num_tokens <= limits.max_batch_prefill_tokens + limits.max_num_seqs, "the step is too large")
+        require(
+            (plan.starts + plan.num_tokens).max() <= limits.max_total_tokens, "a row grew beyond the longest request"
+        )
+        for array in (plan.rows, plan.num_tokens, plan.starts, plan.tokens, plan.block_ids, plan.freed_rows):
+            require(array.dtype == np.int32, "not int32")
+
+    def _is_in_flight(self, row: int) -> bool:
+        return any(row in step.plan.rows for step in self.staged)
+
+    def _move_in(self, init: RowInit) -> None:
+        require(0 <= init.row < self.limits.max_num_seqs and init.row not in self.rows, f"row {init.row} is occupied")
+        require(not self._is_in_flight(init.row), f"row {init.row} is reused while in flight")
+        row = Row(init, [], [])
+        for token in [*init.prompt_ids.tolist(), *init.output_ids.tolist()]:
+            row.push(token)
+        self.rows[init.row] = row
+        self.tables[init.row] = 0
+
+    def _grow_tables(self, plan: StepPlan) -> None:
+        starts = dict(zip(plan.rows.tolist(), plan.starts.tolist()))
+        in_flight = set().union(*(step.blocks for step in self.staged))
+        for row, offset, block in zip(plan.block_rows.tolist(), plan.block_offsets.tolist(), plan.block_ids.tolist()):
+            require(1 <= block <= self.limits.num_blocks, f"block {block} does not exist")
+            require(self.tables[row, offset] == 0 and (offset == 0 or self.tables[row, offset - 1]), "a table has gaps")
+            is_fresh = (offset + 1) * self.limits.block_size > starts[row]
+            require(not (is_fresh and block in in_flight), f"block {block} is reused while in flight")
+            self.tables[row, offset] = block
+
+    def _launch_row(self, row: Row, start: int, count: int) -> None:
+        if row.num_launched < 0:
+            require(start % self.limits.block_size == 0, "a prefix hit is not of whole blocks")
+        else:
+            require(start == row.num_launched, f"a row jumps from {row.num_launched} to {start}")
+        row.num_launched = start + count
+
+    def _blocks_of(self, row: int) -> list[int]:
+        return [block for block in self.tables[row].tolist() if block]
+
+    # Computed late, in order of steps.
+
+    def _read_all(self, step: Staged) -> list[int]:
+        """The digest of each row's history as its pages have it; all rows read before one of them writes."""
+        reads = []
+        for index, row in enumerate(step.plan.rows.tolist()):
+            reads.append(self._read(step.rows[index], row, int(step.plan.starts[index])))
+        return reads
+
+    def _read(self, truth: Row, row: int, start: int) -> int:
+        require(self.rows.get(row) is truth, f"row {row} belongs to another request by now")
+        blocks = self.tables[row, : -(-start // self.limits.block_size)]
+        positions, digests = self.positions[blocks].ravel()[:start], self.digests[blocks].ravel()[:start]
+        require(np.array_equal(positions, np.arange(start)), f"{truth.init.request_id}: pages hold other positions")
+        require(np.array_equal(digests, truth.digests[:start]), f"{truth.init.request_id}: pages hold another history")
+        return int(digests[-1]) if start else 0
+
+    def _write_and_sample(self, step: Staged, reads: list[int]) -> list[int]:
+        plan, ids, offset = step.plan, [], 0
+        for index, row in enumerate(plan.rows.tolist()):
+            truth, count, start = step.rows[index], int(plan.num_tokens[index]), int(plan.starts[index])
+            digest = self._write(truth, row, start, plan.tokens[offset : offset + count].tolist(), reads[index])
+            offset += count
+            require(
+                bool(plan.samples[index]) == (start + count == len(truth.tokens)), "sampled in the middle of a prompt"
+            )
+            if plan.samples[index]:
+                ids.append(self._sample(truth, digest))
+        return ids
+
+    def _write(self, truth: Row, row: int, start: int, tokens: list[int], digest: int) -> int:
+        for position, token in enumerate(tokens, start):
+            if token == -1:
+                require(position == start + len(tokens) - 1, "a token on the device is not the last of its row")
+                token = truth.tokens[position]
+            require(token == truth.tokens[position], f"{truth.init.request_id}: input {position} is another token")
+            digest = chain(digest, token)
+            block, slot = self.tables[row, position // self.limits.block_size], position % self.limits.block_size
+            require(block > 0, f"{truth.init.request_id}: position {position} has no block")
+            self.positions[block, slot], self.digests[block, slot] = position, digest
+        return digest
+
+    def _sample(self, truth: Row, digest: int) -> int:
+        params, index = truth.init.params, len(truth.tokens) - len(truth.init.prompt_ids)
+        forbidden = truth.init.stop_ids.tolist() if index < params.min_tokens else []
+        token = token_of(params.seed, index, digest, self.limits.vocab_size, forbidden)
+        truth.push(token)
+        return token

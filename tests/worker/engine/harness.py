@@ -1,0 +1,181 @@
+"""Drives scheduler, loop and fake device pass by pass in one thread, checks the books after each pass, collects
+outputs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+
+import numpy as np
+
+from common.job import SamplingParams
+from tests.worker.engine.fake_device import FakeDevice, Oracle, logprob_of
+from worker.engine.loop import EngineLoop
+from worker.engine.pacing import PrefillPacer
+from worker.engine.scheduler import EngineLimits, Scheduler
+from worker.pipe import Abort, Commit, Message, Step, Submit
+
+EOS = 7
+MAX_PASSES = 5000
+
+
+def limits(**changes: object) -> EngineLimits:
+    """A tiny engine in which everything runs short soon."""
+    fields = {
+        "vocab_size": 50,
+        "block_size": 4,
+        "num_blocks": 20,
+        "max_num_seqs": 6,
+        "max_total_tokens": 60,
+        "max_batch_prefill_tokens": 16,
+        "prefix_caching": True,
+    }
+    return EngineLimits(**(fields | changes))
+
+
+def submit(request_id: str, prompt: list[int], *, output: list[int] | None = None, **fields: object) -> Submit:
+    names = {"epoch", "cache_salt", "is_suspect", "eos_token_ids"}
+    params = {"max_new_tokens": 8, "seed": 1} | {name: value for name, value in fields.items() if name not in names}
+    rest = {"epoch": 1, "eos_token_ids": [EOS]} | {name: value for name, value in fields.items() if name in names}
+    return Submit(
+        request_id=request_id,
+        prompt_ids=prompt,
+        output_ids=output or [],
+        params=SamplingParams(**params),
+        **rest,
+    )
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Outcome:
+    """What the agent would have seen of one request."""
+
+    ids: list[int] = field(default_factory=list)
+    finish: str = ""
+    error: str = ""
+    is_aborted: bool = False
+
+
+class Harness:
+    def __init__(
+        self,
+        engine_limits: EngineLimits | None = None,
+        depth: int = 0,
+        *,
+        scheduler_class: type[Scheduler] = Scheduler,
+        broken: dict[str, str] | None = None,
+        commits: bool = True,
+    ) -> None:
+        self.limits = engine_limits or limits()
+        self.device = FakeDevice(self.limits, depth, broken)
+        self.scheduler = scheduler_class(self.limits)
+        self.clock = Clock()
+        self.inbox: SimpleQueue[Message | None] = SimpleQueue()
+        self.steps: list[Step] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self.submits: dict[str, Submit] = {}
+        self.commits = commits
+        pacer = PrefillPacer(self.limits.max_batch_prefill_tokens, 0.0)
+        self.loop = EngineLoop(self.device, self.scheduler, pacer, self.inbox, self._receive, self.clock)
+
+    @property
+    def stats(self) -> dict[str, float]:
+        return self.scheduler.snapshot()
+
+    def submit(self, message: Submit) -> None:
+        self.submits[message.request_id] = message
+        self.outcomes[message.request_id] = Outcome(ids=list(message.output_ids))
+        self.inbox.put(message)
+
+    def abort(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self.outcomes[request_id].is_aborted = True
+        self.inbox.put(Abort(list(request_ids)))
+
+    def run_pass(self) -> None:
+        """One pass of the loop, if it has anything to do, and a look into the books."""
+        if self.inbox.empty() and not self.loop._has_work():
+            return
+        assert self.loop.take_messages()
+        self.loop.run_pass()
+        self.scheduler.check()
+
+    def run_until_idle(self) -> None:
+        for _ in range(MAX_PASSES):
+            if self.inbox.empty() and not self.loop._has_work():
+                return
+            self.run_pass()
+        raise AssertionError("the engine does not come to rest")
+
+    def check_outcomes(self) -> None:
+        """Every request got exactly what it gets alone, an aborted one a prefix of it; nothing is left behind."""
+        oracle = Oracle(self.limits.vocab_size)
+        for request_id, outcome in self.outcomes.items():
+            message = self.submits[request_id]
+            expected, finish = oracle.generate(
+                message.prompt_ids, message.output_ids, message.params, message.eos_token_ids
+            )
+            if outcome.is_aborted and not outcome.finish:
+                assert outcome.ids == expected[: len(outcome.ids)], request_id
+            else:
+                assert (outcome.ids, outcome.finish) == (expected, finish), request_id
+        assert not self.scheduler.requests
+        assert self.scheduler.pool.num_free == self.limits.num_blocks
+        assert not self.scheduler._computing
+
+    def _receive(self, step: Step) -> None:
+        assert step.step == len(self.steps) + 1
+        self.steps.append(step)
+        for run in step.runs:
+            outcome = self.outcomes[run.request_id]
+            assert not outcome.finish, f"{run.request_id} goes on after its end"
+            assert run.epoch == self.submits[run.request_id].epoch
+            assert run.logprobs == [float(np.float32(logprob_of(token))) for token in run.ids]
+            num_tops = self.submits[run.request_id].params.num_top_logprobs
+            assert [len(tops) for tops in run.top_tokens] == [num_tops] * len(run.ids) * bool(num_tops)
+            outcome.ids += run.ids
+            outcome.finish, outcome.error = run.finish, run.error
+        if self.commits:
+            self.inbox.put(Commit(step.step))
+
+
+def random_traffic(harness: Harness, seed: int, num_requests: int) -> None:
+    """Random arrivals with shared beginnings, equal prompts, stops, migrated jobs, suspects and aborts at any time."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(8, 50) for _ in range(24)] for _ in range(3)]
+    oracle = Oracle(harness.limits.vocab_size)
+    for index in range(num_requests):
+        message = random_submit(rng, f"r{index}", rng.choice(stems))
+        if rng.random() < 0.2:
+            whole, _ = oracle.generate(message.prompt_ids, [], message.params, message.eos_token_ids)
+            logged = whole[: rng.randrange(len(whole) + 1)]
+            message = replace(message, output_ids=logged, epoch=2, is_suspect=rng.random() < 0.5)
+        harness.submit(message)
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            harness.run_pass()
+        if rng.random() < 0.15:
+            harness.abort(f"r{rng.randrange(index + 1)}")
+    harness.run_until_idle()
+
+
+def random_submit(rng: random.Random, request_id: str, stem: list[int]) -> Submit:
+    prompt = stem[: rng.randrange(1, 25)] + [rng.randrange(50) for _ in range(rng.choice([0, 0, 1, 5, 12]))]
+    return submit(
+        request_id,
+        prompt,
+        max_new_tokens=rng.randrange(1, 12) if rng.random() < 0.9 else 24,
+        seed=rng.randrange(4),
+        ignore_eos=rng.random() < 0.3,
+        min_tokens=rng.choice([0, 0, 4]),
+        stop_token_ids=(rng.randrange(50),) if rng.random() < 0.3 else (),
+        num_top_logprobs=rng.choice([0, 0, 2]),
+    )
