@@ -32,7 +32,7 @@ def test_random_traffic_gets_what_each_request_gets_alone(depth: int) -> None:
     harness.check_outcomes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     depth=st.sampled_from(DEPTHS),
     seed=st.integers(0, 10**6),
