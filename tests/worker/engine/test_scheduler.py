@@ -1,0 +1,536 @@
+"""The scheduler with fabricated results: no device, thousands of scenarios."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.worker.engine.harness import EOS, limits, submit
+from worker.engine.device import StepResult
+from worker.engine.plan import Launch, PlanBuilder
+from worker.engine.request import Request, request_of
+from worker.engine.scheduler import EngineLimits, Scheduler, limits_of
+from worker.pipe import Ready, TokenRun
+
+PLENTY = 10_000
+
+
+def result_of(launch: Launch, token: int = 9, errors: dict[int, str] | None = None) -> StepResult:
+    """Every sampling row picks `token`."""
+    count = int(launch.plan.samples.sum())
+    return StepResult(ids=np.full(count, token, np.int32), logprobs=np.zeros(count, np.float32), errors=errors or {})
+
+
+class Bench:
+    """A scheduler by hand: requests in, steps launched and applied one at a time."""
+
+    def __init__(self, scheduler_class: type[Scheduler] = Scheduler, **sizes: object) -> None:
+        self.scheduler = scheduler_class(limits(**sizes))
+        self.num_arrivals = 0
+
+    def add(self, request_id: str, prompt: list[int], **fields: object) -> TokenRun | None:
+        self.num_arrivals += 1
+        return self.scheduler.add(request_of(submit(request_id, prompt, **fields), self.num_arrivals))
+
+    def launch(self, budget: int = PLENTY) -> Launch:
+        launch = self.scheduler.schedule(budget)
+        self.scheduler.check()
+        assert launch is not None
+        return launch
+
+    def apply(self, launch: Launch, token: int = 9, errors: dict[int, str] | None = None) -> list[TokenRun]:
+        runs = self.scheduler.apply(launch, result_of(launch, token, errors))
+        self.scheduler.check()
+        return runs
+
+    def step(self, budget: int = PLENTY) -> Launch:
+        launch = self.launch(budget)
+        self.apply(launch)
+        return launch
+
+    def known_blocks(self, request: Request) -> int:
+        self.scheduler._extend_digests(request)
+        return len(self.scheduler.pool.lookup(request.digests))
+
+
+def ids_of(launch: Launch) -> list[str]:
+    return [entry.request.request_id for entry in launch.entries]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, aborts, launches up to a depth and results in any order that a device allows."""
+
+    @initialize(
+        depth=st.integers(0, 2),
+        num_blocks=st.integers(16, 30),
+        max_num_seqs=st.integers(1, 6),
+        prefill=st.integers(1, 40),
+    )
+    def start(self, depth: int, num_blocks: int, max_num_seqs: int, prefill: int) -> None:
+        sizes = limits(num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batch_prefill_tokens=prefill)
+        self.depth, self.scheduler = depth, Scheduler(sizes)
+        self.launched: deque[Launch] = deque()
+        self.ended: set[str] = set()
+        self.num_arrivals = 0
+
+    @rule(length=st.integers(1, 36), seed=st.integers(0, 2), max_new=st.integers(1, 24), is_suspect=st.booleans())
+    def arrive(self, length: int, seed: int, max_new: int, is_suspect: bool) -> None:
+        self.num_arrivals += 1
+        prompt = [8 + (seed * 7 + index) % 30 for index in range(length)]
+        message = submit(f"r{self.num_arrivals}", prompt, max_new_tokens=max_new, is_suspect=is_suspect)
+        assert self.scheduler.add(request_of(message, self.num_arrivals)) is None
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        self.scheduler.abort(request_id)
+        self.ended.add(request_id)
+
+    @precondition(lambda self: len(self.launched) <= self.depth)
+    @rule(budget=st.integers(1, 40))
+    def launch(self, budget: int) -> None:
+        oldest = self.scheduler.running[0] if self.scheduler.running else None
+        before = self.scheduler.stats.preemptions
+        launch = self.scheduler.schedule(budget)
+        if oldest is not None:
+            assert self.scheduler.running[0] is oldest, "the oldest was preempted"
+        if self.scheduler.stats.preemptions > before and launch is not None:
+            assert not launch.plan.new_rows, "admission in a step that preempted"
+        if launch is None:
+            assert self.launched or not self.scheduler.requests, "nothing can go on"
+            return
+        assert launch.num_prompt_tokens <= min(budget, self.scheduler.limits.max_batch_prefill_tokens)
+        assert len(launch.entries) <= self.scheduler.limits.max_num_seqs
+        self.launched.append(launch)
+
+    @precondition(lambda self: self.launched)
+    @rule(tokens=st.lists(st.sampled_from([9, 10, EOS]), min_size=6, max_size=6))
+    def apply(self, tokens: list[int]) -> None:
+        launch = self.launched.popleft()
+        count = int(launch.plan.samples.sum())
+        result = StepResult(ids=np.array(tokens[:count], np.int32), logprobs=np.zeros(count, np.float32))
+        for run in self.scheduler.apply(launch, result):
+            assert run.request_id not in self.ended, "a token after the end"
+            if run.finish:
+                self.ended.add(run.request_id)
+
+    @invariant()
+    def books_agree(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check()
+        for request in scheduler.running:
+            stay = request.residency
+            assert stay is not None
+            assert stay.num_registered * 4 <= stay.num_written <= stay.num_computed <= request.num_total
+            assert stay.num_computed <= len(stay.blocks) * 4
+            assert len(request.tokens) - request.num_prompt + request.num_in_flight <= request.params.max_new_tokens
+
+    def teardown(self) -> None:
+        while self.launched:
+            self.apply([9] * 6)
+        for request_id in list(self.scheduler.requests):
+            self.scheduler.abort(request_id)
+        self.scheduler.check()
+        assert self.scheduler.pool.num_free == self.scheduler.limits.num_blocks
+        assert not self.scheduler._computing
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+# The prefix cache.
+
+
+def test_blocks_are_known_only_when_the_step_that_wrote_them_is_applied() -> None:
+    bench = Bench()
+    bench.add("a", list(range(10, 18)))
+    request = bench.scheduler.requests["a"]
+    launch = bench.launch()
+    assert launch.plan.num_tokens.tolist() == [8]
+    assert bench.known_blocks(request) == 0
+    bench.apply(launch)
+    assert bench.known_blocks(request) == 2
+
+
+def test_a_sampled_token_has_no_keys_and_values_yet() -> None:
+    bench = Bench()
+    bench.add("a", list(range(10, 17)))
+    request = bench.scheduler.requests["a"]
+    bench.step()
+    assert len(request.tokens) == 8
+    assert bench.known_blocks(request) == 1
+    bench.step()
+    assert bench.known_blocks(request) == 2
+
+
+def test_aborted_steps_register_nothing() -> None:
+    bench = Bench()
+    bench.add("a", list(range(10, 18)))
+    request = bench.scheduler.requests["a"]
+    launch = bench.launch()
+    bench.scheduler.abort("a")
+    assert bench.apply(launch) == []
+    assert bench.known_blocks(request) == 0
+
+
+def test_a_failed_row_ends_its_request_alone_and_registers_nothing() -> None:
+    bench = Bench()
+    bench.add("a", list(range(10, 18)))
+    bench.add("b", list(range(20, 28)))
+    requests = dict(bench.scheduler.requests)
+    launch = bench.launch()
+    assert ids_of(launch) == ["a", "b"]
+    runs = bench.apply(launch, errors={0: "the logits are not finite"})
+    assert [(run.request_id, run.ids, run.finish, run.error) for run in runs] == [
+        ("a", [], "error", "the logits are not finite"),
+        ("b", [9], "", ""),
+    ]
+    assert bench.known_blocks(requests["a"]) == 0
+    assert bench.known_blocks(requests["b"]) == 2
+
+
+@pytest.mark.parametrize(("length", "hit"), [(7, 4), (8, 4), (9, 8)])
+def test_the_last_token_is_never_a_hit(length: int, hit: int) -> None:
+    bench = Bench()
+    prompt = list(range(10, 10 + length))
+    bench.add("a", [*prompt, 30, 31, 32])
+    bench.step()
+    bench.add("b", prompt)
+    launch = bench.launch()
+    assert ids_of(launch) == ["a", "b"]
+    assert launch.plan.starts[1] == hit
+    assert bench.scheduler.stats.prefix_hit_tokens == hit
+
+
+def test_equal_prompts_wait_for_the_one_that_computes() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    prompt = list(range(10, 26))
+    for name in "ab":
+        bench.add(name, prompt)
+    bench.add("c", [40, 41])
+    first = bench.launch()
+    assert ids_of(first) == ["a"]
+    bench.apply(first)
+    assert bench.scheduler.pool.num_in_use([1, 2]) == 2
+    second = bench.step()
+    assert ids_of(second) == ["a"], "b waits although two of its blocks are known, c for its budget"
+    third = bench.launch()
+    assert ids_of(third) == ["a", "b", "c"]
+    assert third.plan.starts.tolist() == [16, 12, 0]
+    assert bench.scheduler.stats.prefix_hits == 1
+
+
+def test_one_that_waits_for_a_prefix_does_not_hold_up_others() -> None:
+    bench = Bench()
+    for name in "ab":
+        bench.add(name, list(range(10, 20)))
+    bench.add("c", [40, 41])
+    assert ids_of(bench.launch()) == ["a", "c"]
+
+
+def test_nobody_waits_for_a_request_that_is_gone() -> None:
+    bench = Bench(max_batch_prefill_tokens=4)
+    for name in "ab":
+        bench.add(name, list(range(10, 22)))
+    bench.step()
+    assert ids_of(bench.step()) == ["a"]
+    bench.scheduler.abort("a")
+    launch = bench.launch()
+    assert ids_of(launch) == ["b"]
+    assert launch.plan.starts.tolist() == [8]
+
+
+@pytest.mark.parametrize(("salts", "hits"), [(("x", "y"), 0), (("x", "x"), 1), (("", "x"), 0)])
+def test_tenants_do_not_share(salts: tuple[str, str], hits: int) -> None:
+    bench = Bench()
+    for name, salt in zip("ab", salts):
+        bench.add(name, list(range(10, 20)), cache_salt=salt)
+        bench.step()
+    assert bench.scheduler.stats.prefix_hits == hits
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    bench = Bench(prefix_caching=False)
+    for name in "ab":
+        bench.add(name, list(range(10, 20)))
+    launch = bench.launch()
+    assert launch.plan.starts.tolist() == [0, 0]
+    bench.apply(launch)
+    assert bench.scheduler.pool.num_cached == 0
+
+
+# Budget and order.
+
+
+def test_running_requests_come_first_and_decodes_are_outside_the_prompt_budget() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    bench.add("a", [10, 11])
+    bench.step()
+    bench.add("b", list(range(20, 40)))
+    launch = bench.launch()
+    assert ids_of(launch) == ["a", "b"]
+    assert launch.plan.num_tokens.tolist() == [1, 8]
+    assert launch.plan.samples.tolist() == [True, False]
+    assert (launch.num_prompt_tokens, launch.num_decodes) == (8, 1)
+
+
+def test_a_long_prompt_goes_in_chunks_and_is_counted_once() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    bench.add("a", list(range(10, 30)))
+    starts = [bench.step().plan.starts.tolist() for _ in range(4)]
+    assert starts == [[0], [8], [16], [20]]
+    assert bench.scheduler.stats.chunked_prompts == 1
+
+
+def test_the_smaller_of_budget_and_limit_counts() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    bench.add("a", list(range(10, 30)))
+    assert bench.launch(budget=3).plan.num_tokens.tolist() == [3]
+
+
+def test_tokens_in_flight_are_named_by_a_placeholder() -> None:
+    bench = Bench()
+    bench.add("a", [10, 11, 12], max_new_tokens=3)
+    launches = [bench.launch() for _ in range(3)]
+    assert [launch.plan.tokens.tolist() for launch in launches] == [[10, 11, 12], [-1], [-1]]
+    assert bench.scheduler.schedule(PLENTY) is None, "the last token allowed is in flight"
+    assert [run.finish for launch in launches for run in bench.apply(launch)] == ["", "", "length"]
+
+
+def test_a_row_gets_everything_with_its_request() -> None:
+    bench = Bench()
+    bench.add("a", [10, 11], output=[12, 13], stop_token_ids=(3,), min_tokens=4)
+    launch = bench.launch()
+    (init,) = launch.plan.new_rows
+    assert init.prompt_ids.tolist() == [10, 11]
+    assert init.output_ids.tolist() == [12, 13]
+    assert init.stop_ids.tolist() == [3, EOS]
+    assert (init.request_id, init.params.min_tokens) == ("a", 4)
+    assert launch.plan.tokens.tolist() == [10, 11, 12, 13]
+
+
+# Ends, aborts and what goes back when.
+
+
+def test_row_and_blocks_go_back_when_the_last_step_that_names_them_is_applied() -> None:
+    bench = Bench()
+    bench.add("a", [10, 11, 12])
+    first, second = bench.launch(), bench.launch()
+    assert bench.apply(first, token=EOS)[0].finish == "eos_token"
+    assert bench.scheduler.pool.num_free == bench.scheduler.limits.num_blocks - 1
+    bench.add("b", [20])
+    third = bench.launch()
+    assert third.plan.rows.tolist() == [1]
+    assert bench.apply(second) == [], "the late token is dropped"
+    assert bench.scheduler.pool.num_free == bench.scheduler.limits.num_blocks - 1
+    bench.add("c", [30])
+    fourth = bench.launch()
+    assert fourth.plan.freed_rows.tolist() == [0]
+    assert [init.row for init in fourth.plan.new_rows] == [0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "error"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([50], {}, "token ids must be below 50"),
+        ([-1], {}, "token ids must be below 50"),
+        ([1], {"output": [50]}, "token ids must be below 50"),
+        ([1] * 20, {"max_new_tokens": 41}, "61 tokens are more than the 60 this worker can hold"),
+    ],
+)
+def test_what_cannot_run_here_ends_at_once(prompt: list[int], fields: dict, error: str) -> None:
+    bench = Bench()
+    answer = bench.add("a", prompt, **fields)
+    assert answer is not None
+    assert (answer.ids, answer.finish, answer.error) == ([], "error", error)
+    assert not bench.scheduler.has_requests
+
+
+@pytest.mark.parametrize(
+    ("output", "fields", "finish"),
+    [
+        ([4, 5], {"max_new_tokens": 2}, "length"),
+        ([4, EOS], {}, "eos_token"),
+        ([4, 9], {"stop_token_ids": (9,)}, "stop_sequence"),
+        ([], {"max_new_tokens": 0}, "length"),
+    ],
+)
+def test_a_job_that_comes_with_complete_output_ends_at_once(output: list[int], fields: dict, finish: str) -> None:
+    bench = Bench()
+    answer = bench.add("a", [1, 2], output=output, **fields)
+    assert answer is not None
+    assert (answer.ids, answer.finish, answer.error) == ([], finish, "")
+    assert not bench.scheduler.has_requests
+
+
+def test_of_two_runs_of_a_job_the_later_epoch_wins() -> None:
+    bench = Bench()
+    bench.add("a", [10, 11], epoch=2)
+    launch = bench.launch()
+    bench.add("a", [10, 11], epoch=1)
+    assert bench.scheduler.requests["a"].epoch == 2
+    bench.add("a", [10, 11], output=[30], epoch=3)
+    assert bench.scheduler.requests["a"].epoch == 3
+    assert bench.apply(launch) == []
+    assert [run.epoch for run in bench.apply(bench.launch())] == [3]
+
+
+def test_aborting_the_unknown_and_the_waiting_is_harmless() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.add("a", [10])
+    bench.add("b", [20])
+    bench.step()
+    assert [request.request_id for request in bench.scheduler.waiting] == ["b"]
+    bench.scheduler.abort("b")
+    bench.scheduler.abort("b")
+    bench.scheduler.abort("nobody")
+    bench.scheduler.check()
+    assert list(bench.scheduler.requests) == ["a"]
+
+
+# Suspects.
+
+
+def test_a_suspect_gets_its_first_token_without_other_newcomers() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    bench.add("old", [10])
+    bench.step()
+    bench.add("s1", list(range(20, 32)), is_suspect=True)
+    bench.add("s2", [40], is_suspect=True)
+    bench.add("new", [41])
+    assert [ids_of(bench.step()) for _ in range(4)] == [
+        ["old", "s1"],
+        ["old", "s1"],
+        ["old", "s1", "s2"],
+        ["old", "s1", "s2", "new"],
+    ]
+
+
+def test_a_suspect_does_not_join_a_step_with_other_newcomers() -> None:
+    bench = Bench()
+    bench.add("a", [10])
+    bench.add("s", [40], is_suspect=True)
+    assert [ids_of(bench.step()) for _ in range(2)] == [["a"], ["a", "s"]]
+
+
+# Memory.
+
+
+def crowded(scheduler_class: type[Scheduler] = Scheduler) -> Bench:
+    """Three requests that together outgrow 16 blocks of 4; admitted because outputs used to be short."""
+    bench = Bench(scheduler_class, num_blocks=16, max_num_seqs=3, max_batch_prefill_tokens=60)
+    for _ in range(300):
+        bench.scheduler._forecast.note(1)
+    for index in range(3):
+        bench.add(f"r{index}", [10 + 10 * index + offset for offset in range(10)], max_new_tokens=40, ignore_eos=True)
+    bench.step()
+    assert len(bench.scheduler.running) == 3
+    return bench
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    bench = crowded()
+    bench.add("later", [45])
+    while not bench.scheduler.stats.preemptions:
+        launch = bench.step()
+    assert ids_of(launch) == ["r0", "r1"], "the step that preempts admits nobody"
+    assert [request.request_id for request in bench.scheduler.waiting] == ["r2", "later"]
+    victim = bench.scheduler.requests["r2"]
+    num_tokens = len(victim.tokens)
+    while victim.residency is None:
+        launch = bench.step()
+    (init,) = [init for init in launch.plan.new_rows if init.request_id == "r2"]
+    assert len(init.prompt_ids) == 10
+    assert len(init.output_ids) == num_tokens - 10
+
+
+def test_a_step_in_flight_is_applied_before_the_preempted_goes_back() -> None:
+    bench = crowded()
+    in_flight, launch = bench.launch(), bench.launch()
+    while not bench.scheduler.stats.preemptions:
+        bench.apply(in_flight)
+        in_flight, launch = launch, bench.launch()
+    victim = bench.scheduler.requests["r2"]
+    assert ids_of(in_flight) == ["r0", "r1", "r2"]
+    assert victim.num_in_flight == 1
+    assert victim not in bench.scheduler.waiting
+    num_tokens = len(victim.tokens)
+    assert "r2" in [run.request_id for run in bench.apply(in_flight)]
+    assert (len(victim.tokens), victim.num_in_flight) == (num_tokens + 1, 0)
+    assert bench.scheduler.waiting == [victim]
+    assert "r2" not in ids_of(launch)
+
+
+class PreemptsOldest(Scheduler):
+    def _preempt_youngest(self, needy: Request, builder: PlanBuilder) -> bool:
+        self.running.reverse()
+        again = super()._preempt_youngest(needy, builder)
+        self.running.reverse()
+        return again
+
+
+def first_to_end(bench: Bench) -> str:
+    for _ in range(200):
+        for run in bench.apply(bench.launch()):
+            if run.finish:
+                return run.request_id
+    raise AssertionError("nobody ends")
+
+
+def test_the_oldest_runs_to_its_end_whatever_happens() -> None:
+    bench = crowded()
+    assert first_to_end(bench) == "r0"
+    assert bench.scheduler.stats.preemptions > 0
+    wrong = crowded(PreemptsOldest)
+    assert first_to_end(wrong) != "r0"
+
+
+def test_admission_follows_the_predicted_peak() -> None:
+    bench = Bench(num_blocks=16)
+    bench.add("a", [10] * 10, max_new_tokens=30)
+    bench.add("b", [20] * 10, max_new_tokens=30)
+    assert ids_of(bench.step()) == ["a"], "both would grow to 80 of 64 tokens"
+    bench.scheduler.requests["b"].params = submit("b", [1], max_new_tokens=4).params
+    assert ids_of(bench.step()) == ["a", "b"]
+
+
+def test_what_does_not_fit_is_not_overtaken() -> None:
+    bench = Bench(num_blocks=16)
+    bench.add("a", [10] * 10, max_new_tokens=30)
+    bench.add("b", [20] * 10, max_new_tokens=30)
+    bench.add("c", [30], max_new_tokens=1)
+    assert ids_of(bench.step()) == ["a"]
+
+
+def test_limits_come_from_the_loaded_device() -> None:
+    ready = Ready(
+        vocab_size=50,
+        dtype="float32",
+        quantize="",
+        weights_digest="d",
+        kv_tokens=87,
+        block_size=4,
+        max_num_seqs=6,
+        max_input_tokens=50,
+        max_total_tokens=60,
+        max_batch_prefill_tokens=16,
+        step_limit_s=60.0,
+        reasons=[],
+    )
+    assert limits_of(ready, prefix_caching=False) == EngineLimits(
+        vocab_size=50,
+        block_size=4,
+        num_blocks=21,
+        max_num_seqs=6,
+        max_total_tokens=60,
+        max_batch_prefill_tokens=16,
+        prefix_caching=False,
+    )
