@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import httpx
 import pytest
 
 from tests.support.fleet import ROOT, STRANGERS, free_port, wait_for
+
+LIMITS = {"GRACEFUL_TERMINATION_TIMEOUT": "2", "INFERFLEET_KV_TOKENS": "16384"}
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,19 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("up")
+@contextmanager
+def up(folder: Path, *options: str, wait: bool = True, **environment: str) -> Iterator[Served]:
+    """`inferfleet up` in `folder`, on a free port; yields when it serves, or at once without `wait`."""
     port, log = free_port(), folder / "up.log"
-    options = ["--port", str(port), "--data-dir", str(folder), "--dtype", "float32", "--lease", "3"]
-    environment = {name: value for name, value in os.environ.items() if name not in STRANGERS}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ops.cli", "up", "--graceful-termination-timeout", "3", *options],
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-            env=environment,
-        )
+    base = {name: value for name, value in os.environ.items() if name not in STRANGERS}
+    command = [sys.executable, "-m", "ops.cli", "up", "--port", str(port), "--data-dir", str(folder), *options]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=base | LIMITS | environment)
     running = Served(port, log, process)
     try:
-        wait_for(lambda: is_healthy(running.url) or process.poll() is not None, "a served model", 90)
-        assert process.poll() is None, log.read_text()
+        if wait:
+            wait_for(lambda: is_healthy(running.url) or process.poll() is not None, "a served model", 90)
+            assert process.poll() is None, log.read_text()
         yield running
     finally:
         process.send_signal(signal.SIGTERM)
@@ -71,3 +69,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with up(tmp_path_factory.mktemp("up"), "--dtype", "float32", "--lease", "3") as running:
+        yield running
