@@ -71,6 +71,10 @@ def virtual_floor(lane: str, dispatch_class: int) -> str:
     return f"{tag(lane)}:vf:{dispatch_class}"
 
 
+def virtual_debt(lane: str, dispatch_class: int) -> str:
+    return f"{tag(lane)}:vl:{dispatch_class}"
+
+
 def tenant_live(lane: str, tenant: str) -> str:
     return f"{tag(lane)}:tj:{tenant}"
 
@@ -109,6 +113,10 @@ def audit(lane: str) -> str:
 
 def counters(lane: str) -> str:
     return f"{tag(lane)}:m"
+
+
+def rate(lane: str) -> str:
+    return f"{tag(lane)}:rate"
 
 
 def bell(lane: str) -> str:

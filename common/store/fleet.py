@@ -19,6 +19,7 @@ from common.store.replies import (
     WorkerInfo,
     decode_worker,
     encode_worker,
+    hash_pairs,
     integer,
     stats_of,
     string,
@@ -161,8 +162,8 @@ class FleetStore:
 
     async def keys(self) -> list[ApiKey]:
         """All API keys, oldest first."""
-        reply: Any = await self.connection.run("HGETALL", keys.API_KEYS)
-        found = [ApiKey(digest=string(digest), **wire.unpack(data)) for digest, data in reply.items()]
+        pairs = hash_pairs(await self.connection.run("HGETALL", keys.API_KEYS))
+        found = [ApiKey(digest=string(digest), **wire.unpack(data)) for digest, data in pairs]
         return sorted(found, key=lambda key: (key.created_ms, key.key_id))
 
     async def revoke_key(self, key_id: str) -> bool:

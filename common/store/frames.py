@@ -144,7 +144,7 @@ class Subscription:
                     await self._queue.put(Reconnected())
                 is_first, pause = False, FIRST_PAUSE_S
                 await self._read()
-            except AWAY as error:
+            except (redis.RedisError, *AWAY) as error:
                 logger.warning("subscription lost: %s", error)
             await self._disconnect()
             await asyncio.sleep(pause)

@@ -14,7 +14,7 @@ from common.job import Dialect, DispatchClass, FinishReason, Job, JobRecord, Job
 from common.store.connection import Connection
 from common.store.fleet import loading_workers
 from common.store.frames import Subscription
-from common.store.replies import Submission, integer, string
+from common.store.replies import Submission, integer, stream_entries, string
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 NUM_RANDOM_CHARACTERS = 22
@@ -97,7 +97,7 @@ class JobStore:
         """Durable tokens from offset `start` on, at most `max_entries` log entries; empty when there are none."""
         key = keys.log(keys.lane_of_job(job_id), job_id)
         entries = await self.connection.run("XRANGE", key, f"({start}", "+", "COUNT", max_entries)
-        return merge_log((fields[1] for _, fields in _entries(entries)), start)
+        return merge_log([payload for _, payload in stream_entries(entries)], start)
 
     async def list_jobs(
         self,
@@ -194,12 +194,7 @@ def _jittered(seconds: float) -> float:
     return seconds * random.uniform(1.0, 1.5)
 
 
-def _entries(reply: Any) -> list[tuple[bytes, list[bytes]]]:
-    """Stream entries of a raw XRANGE reply: (entry id, [field, value, ...])."""
-    return [(entry[0], list(entry[1])) for entry in reply or [] if entry[1] is not None]
-
-
-def merge_log(payloads: Any, start: int) -> TokenColumns:
+def merge_log(payloads: list[bytes], start: int) -> TokenColumns:
     """Columns of consecutive log entries, cut to `start`; entries may overlap what came before them."""
     merged: TokenColumns | None = None
     for payload in payloads:

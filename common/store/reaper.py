@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from common import keys, wire
@@ -20,7 +20,7 @@ from common.card import decode_card
 from common.errors import StoreError
 from common.job import TokenColumns
 from common.store.connection import Connection
-from common.store.replies import integer, string
+from common.store.replies import integer, stream_entries, string
 
 WAL_PAGE = 64
 SWEEP_LIMIT = 100
@@ -203,13 +203,13 @@ async def tails_of(
     return {job_id: (c.start, c.end, wire.encode_columns(c) if c.ids else b"") for job_id, c in tails.items()}
 
 
-async def _frames(connection: Connection, key: str):  # type: ignore[no-untyped-def]
+async def _frames(connection: Connection, key: str) -> AsyncIterator[bytes]:
     """Frames of a write-ahead stream in order, a page at a time."""
     after = "-"
     while True:
-        entries = await connection.run("XRANGE", key, after, "+", "COUNT", WAL_PAGE)
-        for entry in entries or []:
-            yield entry[1][1]
-        if not entries or len(entries) < WAL_PAGE:
+        entries = stream_entries(await connection.run("XRANGE", key, after, "+", "COUNT", WAL_PAGE))
+        for _, frame in entries:
+            yield frame
+        if len(entries) < WAL_PAGE:
             return
-        after = f"({string(entries[-1][0])}"
+        after = f"({entries[-1][0]}"

@@ -24,6 +24,21 @@ def integer(value: Any) -> int:
     return int(float(value))
 
 
+def stream_entries(reply: Any) -> list[tuple[str, bytes]]:
+    """(entry id, value of its only field) of a stream read, whichever shape the client library gave the fields."""
+    found = []
+    for entry_id, pairs in reply or []:
+        values = list(pairs.values()) if isinstance(pairs, dict) else list(pairs or [])[1::2]
+        if values:
+            found.append((string(entry_id), values[0]))
+    return found
+
+
+def hash_pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    """(field, value) of a whole hash, whichever shape the client library gave it."""
+    return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2], strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """`is_duplicate`: the id or the idempotency key was known already; `job_id` is then the first one's."""

@@ -15,10 +15,8 @@ from common.errors import StoreError, UnknownIncarnation
 from common.job import Job, TokenColumns
 from common.store.connection import AWAY, Connection
 from common.store.jobs import CLASSES, PROTOCOL
-from common.store.reaper import recover, tails_of
-from common.store.replies import Control, Hello, Owned, StepCall, StepReply, Taken, integer, stats_of, string
-
-START_OF_CONTROLS = "0-0"
+from common.store.reaper import MAX_ATTEMPTS, recover, tails_of
+from common.store.replies import Control, Hello, Owned, StepCall, StepReply, Taken, integer, string
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +106,13 @@ class WorkerStore:
         fields = (job.tenant, int(CLASSES[job.priority]), job.dialect.value, job.cost, round(job.timeout_s * 1000))
         grace = -1 if job.orphan_grace_s is None else round(job.orphan_grace_s * 1000)
         payload = wire.encode_columns(columns) if columns.ids else b""
-        args = (*fields, job.result_ttl_s, grace, len(job.prompt_ids), PROTOCOL, view, body)
+        idempotency = (keys.digest_of(job.idempotency_key) if job.idempotency_key else "", job.body_hash or "-")
+        args = (*fields, job.result_ttl_s, grace, len(job.prompt_ids), *idempotency, PROTOCOL, view, body)
         return bool(await self._call("adopt", job_id, epoch, columns.start, columns.end, payload, *args))
 
-    async def release(self, jobs: list[tuple[str, int]], *, count_attempt: bool) -> None:
+    async def release(
+        self, jobs: list[tuple[str, int]], *, count_attempt: bool, max_attempts: int = MAX_ATTEMPTS
+    ) -> None:
         """Give jobs back to the queue: at a drain without, after a death of the engine with the attempt counted.
 
         What the write-ahead stream holds of them goes to their logs first, so nothing that was shown is forgotten.
@@ -119,7 +120,7 @@ class WorkerStore:
         tails = await tails_of(self.connection, self.lane, self.worker_id, self.incarnation, [job for job, _ in jobs])
         for job_id, epoch in jobs:
             start, end, payload = tails[job_id]
-            await self._call("release", job_id, epoch, start, end, payload, int(count_attempt))
+            await self._call("release", job_id, epoch, start, end, payload, int(count_attempt), max_attempts)
             self._views.pop(job_id, None)
 
     async def wait_for_work(self, timeout_s: float) -> bool:
@@ -180,7 +181,3 @@ def _step_args(call: StepCall) -> list[bytes | str | int]:
         reason = finish.finish_reason.value if finish.finish_reason else ""
         args += [reason, finish.error_code, finish.error_message]
     return args
-
-
-def stats_from(data: bytes | None) -> dict[str, float]:
-    return stats_of(data)
