@@ -6,16 +6,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.engine.fake_device import DeviceMisuse
-from tests.worker.engine.harness import Harness, limits, random_traffic
-from worker.engine.device import StepResult
+from common.errors import InferfleetError
+from tests.worker.engine.fake_device import DeviceMisuse, FakeDevice, Staged
+from tests.worker.engine.harness import Harness, limits, random_traffic, submit
+from worker.engine.device import StepPlan, StepResult
+from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, EngineStalled
+from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
 from worker.engine.scheduler import Scheduler
-from worker.pipe import TokenRun
+from worker.pipe import Commit, Failed, Stop, TokenRun
 
 DEPTHS = [0, 1, 2]
 NUM_REQUESTS = 500
+STATS = [
+    *("steps", "batch_max", "preemptions", "prefix_hits", "prefix_hit_tokens", "chunked_prompts", "prefill_tokens"),
+    *("decode_tokens", "running", "waiting", "blocks_free", "blocks_total", "step_ms"),
+]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -130,3 +137,188 @@ def test_a_scheduler_with_a_known_mistake_is_caught(
     with pytest.raises(error, match=message):
         random_traffic(harness, seed=depth, num_requests=NUM_REQUESTS)
         harness.check_outcomes()
+
+
+class RecordingDevice(FakeDevice):
+    """Writes down who is called when; the sends of the loop go to the same list."""
+
+    def __init__(self, harness: Harness) -> None:
+        super().__init__(harness.limits, harness.loop.device.depth)
+        self.calls: list[str] = []
+        receive = harness.loop.send
+        harness.loop.device = self
+        harness.loop.send = lambda step: (self.calls.append(f"send {step.step}"), receive(step))
+
+    def forward(self, plan: StepPlan) -> None:
+        self.calls.append(f"forward {plan.step}")
+        super().forward(plan)
+
+    def sample(self, plan: StepPlan) -> Staged:
+        self.calls.append(f"sample {plan.step}")
+        return super().sample(plan)
+
+    def collect(self, handle: Staged) -> StepResult:
+        self.calls.append(f"collect {handle.plan.step}")
+        return super().collect(handle)
+
+
+@pytest.mark.parametrize(
+    ("depth", "calls"),
+    [
+        (0, "forward 1, sample 1, collect 1, send 1, forward 2, sample 2, collect 2, send 2"),
+        (
+            1,
+            "forward 1, sample 1, forward 2, collect 1, send 1, sample 2, forward 3, collect 2, send 2, sample 3, "
+            "collect 3, send 3",
+        ),
+        (
+            2,
+            "forward 1, sample 1, forward 2, sample 2, forward 3, collect 1, send 1, sample 3, collect 2, send 2, "
+            "collect 3, send 3",
+        ),
+    ],
+)
+def test_the_order_of_calls_is_that_of_the_chart(depth: int, calls: str) -> None:
+    harness = Harness(depth=depth)
+    device = RecordingDevice(harness)
+    harness.submit(submit("a", [10, 11], max_new_tokens=2 if depth == 0 else 3, ignore_eos=True))
+    harness.run_until_idle()
+    assert ", ".join(device.calls) == calls
+    harness.check_outcomes()
+
+
+def uncommitted(depth: int) -> Harness:
+    """A long request whose steps nobody commits, after the loop has come to rest."""
+    sizes = limits(max_total_tokens=120, num_blocks=40)
+    harness = Harness(sizes, depth, commits=False)
+    harness.submit(submit("a", [10, 11], max_new_tokens=100, ignore_eos=True))
+    harness.run_until_idle()
+    return harness
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_loop_rests_at_64_uncommitted_steps_and_goes_on_after_a_commit(depth: int) -> None:
+    harness = uncommitted(depth)
+    assert harness.scheduler.has_requests
+    num_steps = len(harness.steps)
+    assert MAX_UNCOMMITTED_STEPS <= num_steps <= MAX_UNCOMMITTED_STEPS + depth
+    harness.inbox.put(Commit(num_steps - 60))
+    harness.run_until_idle()
+    assert 1 <= len(harness.steps) - num_steps <= 4 + depth
+    harness.commits = True
+    harness.inbox.put(Commit(len(harness.steps)))
+    harness.run_until_idle()
+    harness.check_outcomes()
+
+
+def test_the_loop_rests_when_a_step_is_uncommitted_for_two_seconds() -> None:
+    harness = Harness(commits=False)
+    harness.submit(submit("a", [10, 11], max_new_tokens=20, ignore_eos=True))
+    for _ in range(3):
+        harness.run_pass()
+    harness.clock.now += MAX_UNCOMMITTED_S
+    harness.run_pass()
+    assert len(harness.steps) == 4, "two seconds are allowed"
+    harness.clock.now += 0.1
+    harness.run_until_idle()
+    assert len(harness.steps) == 4
+    harness.commits = True
+    harness.inbox.put(Commit(4))
+    harness.run_until_idle()
+    harness.check_outcomes()
+
+
+def test_steps_without_tokens_need_no_commit() -> None:
+    sizes = limits(max_total_tokens=300, num_blocks=80, max_batch_prefill_tokens=2)
+    harness = Harness(sizes, commits=False)
+    harness.submit(submit("a", [10] * 200, max_new_tokens=1))
+    harness.run_until_idle()
+    assert len(harness.steps) == 100
+    assert sum(bool(step.runs) for step in harness.steps) == 1
+    harness.check_outcomes()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("last", [Stop(), None])
+def test_leaving_applies_and_sends_what_is_under_way(depth: int, last: Stop | None) -> None:
+    harness = Harness(depth=depth)
+    harness.submit(submit("a", [10, 11], max_new_tokens=20, ignore_eos=True))
+    for _ in range(5):
+        harness.run_pass()
+    num_launched = harness.scheduler.stats.steps
+    assert len(harness.steps) == num_launched - depth
+    harness.inbox.put(last)
+    harness.loop.run()
+    assert harness.scheduler.stats.steps == num_launched
+    assert len(harness.steps) == num_launched
+    assert len(harness.outcomes["a"].ids) == num_launched
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_error_of_one_row_ends_one_request(depth: int) -> None:
+    harness = Harness(depth=depth, broken={"bad": "the logits are not finite"})
+    for name in ("good", "bad", "fine"):
+        harness.submit(submit(name, [10, 11, 12]))
+    harness.run_until_idle()
+    bad = harness.outcomes.pop("bad")
+    assert (bad.ids, bad.finish, bad.error) == ([], "error", "the logits are not finite")
+    harness.check_outcomes()
+
+
+def test_what_cannot_run_is_answered_without_a_step() -> None:
+    harness = Harness()
+    harness.submit(submit("long", [10] * 70))
+    harness.submit(submit("wild", [2**40]))
+    harness.run_until_idle()
+    assert harness.scheduler.stats.steps == 0
+    assert {name: outcome.error for name, outcome in harness.outcomes.items()} == {
+        "long": "78 tokens are more than the 60 this worker can hold",
+        "wild": "token ids must be integers of 32 bits",
+    }
+
+
+def test_a_scheduler_that_never_launches_is_an_error_not_a_wait() -> None:
+    harness = Harness()
+    harness.scheduler._free_rows.clear()
+    harness.submit(submit("a", [10]))
+    assert harness.loop.take_messages()
+    with pytest.raises(EngineStalled, match="no step can be launched"):
+        harness.loop.run_pass()
+
+
+def test_a_message_of_the_engine_from_the_agent_is_an_error() -> None:
+    harness = Harness()
+    harness.inbox.put(Failed("nonsense"))
+    with pytest.raises(InferfleetError, match="Failed"):
+        harness.loop.take_messages()
+
+
+def test_every_step_carries_the_counters_of_the_pipe() -> None:
+    harness = Harness()
+    harness.submit(submit("a", [10, 11, 12]))
+    harness.run_until_idle()
+    assert all(set(step.stats) == set(STATS) for step in harness.steps)
+    last = harness.steps[-1].stats
+    assert (last["steps"], last["prefill_tokens"], last["decode_tokens"]) == (8, 3, 7)
+    assert (last["running"], last["waiting"], last["blocks_free"], last["blocks_total"]) == (0, 0, 20, 20)
+
+
+def test_the_time_of_prompts_reaches_the_pacer() -> None:
+    harness = Harness(limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
+    device = RecordingDevice(harness)
+    collect = device.collect
+
+    def slow_collect(handle: Staged) -> StepResult:
+        harness.clock.now += 1.0
+        return collect(handle)
+
+    device.collect = slow_collect
+    harness.loop.pacer = PrefillPacer(512, 0.2)
+    harness.submit(submit("a", [10] * 500, ignore_eos=True, max_new_tokens=40))
+    harness.run_pass()
+    assert [step.stats["step_ms"] for step in harness.steps] == [1000.0]
+    harness.submit(submit("b", [11] * 500))
+    harness.run_pass()
+    assert harness.scheduler.stats.prefill_tokens == 500 + 100
+    harness.run_until_idle()
+    harness.check_outcomes()
