@@ -28,18 +28,20 @@ def parse_json(body: bytes, content_type: str | None = "application/json") -> di
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"Failed to parse the request body as JSON: {error}", code="invalid_json") from None
+        where = f"line {error.lineno} column {error.colno}"
+        message = f"Failed to parse the request body as JSON: error at {where}"
+        raise BadRequest(message, code="invalid_json") from None
     if not isinstance(value, dict):
         raise ValidationError("the request body must be a JSON object")
     return value
 
 
 class Fields:
-    """The fields of one JSON object. What was never asked for is left in `unread`."""
+    """The fields of one JSON object; `path` stands before their names. What was never asked for is left in `unread`."""
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
         self._values = values
-        self._path = path
+        self.path = path
         self._read: set[str] = set()
 
     def raw(self, name: str) -> Any:
@@ -48,6 +50,7 @@ class Fields:
         return self._values.get(name)
 
     def has(self, name: str) -> bool:
+        self._read.add(name)
         return self._values.get(name) is not None
 
     def integer(self, name: str, default: int | None = None) -> int | None:
@@ -100,7 +103,7 @@ class Fields:
         if not isinstance(value, list) or not all(is_token_id(item) for item in value):
             raise self._wrong(name, "a list of token ids")
         if len(value) > most:
-            raise ValidationError(f"`{self._path}{name}` has more than {most} items", param=self._path + name)
+            raise ValidationError(f"`{self.path}{name}` has more than {most} items", param=self.path + name)
         return value
 
     def table(self, name: str) -> dict[str, Any] | None:
@@ -114,7 +117,7 @@ class Fields:
         return [name for name, value in self._values.items() if name not in self._read and value is not None]
 
     def _wrong(self, name: str, expected: str) -> ValidationError:
-        return ValidationError(f"`{self._path}{name}` must be {expected}", param=self._path + name)
+        return ValidationError(f"`{self.path}{name}` must be {expected}", param=self.path + name)
 
 
 def is_token_id(value: Any) -> bool:
