@@ -1,0 +1,130 @@
+"""From a request body to a durable job: parsing off the event loop, the limit on open requests, submission."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from common.errors import BadRequest, Overloaded
+from common.job import Job, Priority
+from common.settings import GatewaySettings
+from common.store.jobs import JobStore, new_job_id
+from common.store.replies import Submission
+from gateway.formats.base import JobDraft, Limits
+from gateway.models import ModelRegistry, ServedModel
+
+Draft = TypeVar("Draft")
+Parser = Callable[[dict[str, Any], ServedModel, Limits], Draft]
+
+LONG_BODY = 16_384
+"""Bytes above which a body is parsed and tokenised in a thread, so that other streams do not stall."""
+RETRY_AFTER_S = 1.0
+REQUEST_TTL_S = 120
+"""Seconds that the result of a request-response route outlives its end: long enough to resume a broken stream."""
+EPHEMERAL_TTL_S = 60
+REQUEST_TIMEOUT_S = 3600.0
+MAX_KEY_LENGTH = 255
+
+
+class Admission:
+    """Every generating request of a gateway passes here. `registry` knows the models, `jobs` takes the job."""
+
+    def __init__(self, settings: GatewaySettings, jobs: JobStore, registry: ModelRegistry) -> None:
+        self._settings, self._jobs, self._registry = settings, jobs, registry
+        self.limits = Limits.of(settings)
+        self.num_open = 0
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one of the gateway's places for open requests, from before validation until the answer is out.
+
+        Raises:
+            Overloaded: all places are taken.
+        """
+        if self.num_open >= self._settings.max_concurrent_requests:
+            raise Overloaded("Model is overloaded", retry_after_s=RETRY_AFTER_S)
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
+    async def parse(self, parser: Parser[Draft], body: dict[str, Any], num_bytes: int, model: str | None) -> Draft:
+        """Run a format's parser with the model the client names.
+
+        Raises:
+            RequestError: unknown model, or whatever the parser refuses.
+        """
+        served = self._registry.resolve(model)
+        if num_bytes < LONG_BODY:
+            return parser(body, served, self.limits)
+        return await asyncio.to_thread(parser, body, served, self.limits)
+
+    async def admit(
+        self,
+        draft: JobDraft,
+        *,
+        tenant: str,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+        result_ttl_s: int = REQUEST_TTL_S,
+        orphan_grace_s: float | None = None,
+        idempotency_key: str = "",
+        body_hash: str = "",
+        gateway_id: str | None = None,
+        via: Literal["request", "job"] = "request",
+        request_id: str = "",
+        job_id: str | None = None,
+    ) -> Submission:
+        """Make the draft a durable, queued job that `gateway_id`, if given, follows from the start.
+
+        `timeout_s` counts from now, `result_ttl_s` from the job's end; without `orphan_grace_s` it needs no follower.
+
+        Raises:
+            RequestError: as `JobStore.submit`.
+            StoreError: Redis is away or full.
+        """
+        job = Job(
+            job_id=job_id or new_job_id(draft.lane),
+            tenant=tenant,
+            dialect=draft.dialect,
+            prompt_ids=draft.prompt_ids,
+            params=draft.params,
+            cost=draft.cost,
+            priority=priority,
+            timeout_s=timeout_s,
+            result_ttl_s=min(result_ttl_s, EPHEMERAL_TTL_S) if self._settings.ephemeral else result_ttl_s,
+            orphan_grace_s=orphan_grace_s,
+            idempotency_key=idempotency_key,
+            body_hash=body_hash,
+            cache_salt=tenant,
+            view={"metadata": {}} | draft.view | {"via": via, "request_id": request_id},
+        )
+        return await self._jobs.submit(
+            job,
+            gateway=gateway_id,
+            max_queued_tokens=self._settings.max_queued_tokens,
+            tenant_max_jobs=self._settings.max_jobs_per_tenant,
+        )
+
+
+def hash_of(body: bytes) -> str:
+    """Of the body as the client sent it: a retry must not conflict with itself through defaults drawn at random."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def check_idempotency_key(key: str | None) -> str:
+    """The value of the header, empty when there is none.
+
+    Raises:
+        BadRequest: it is not 1 to 255 printable ASCII characters.
+    """
+    if key is None:
+        return ""
+    if not 1 <= len(key) <= MAX_KEY_LENGTH or not (key.isascii() and key.isprintable()):
+        message = f"`Idempotency-Key` must be 1 to {MAX_KEY_LENGTH} printable ASCII characters"
+        raise BadRequest(message, code="invalid_idempotency_key", param="Idempotency-Key")
+    return key
