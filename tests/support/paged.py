@@ -1,0 +1,77 @@
+"""Drives a decoder over pages the way the engine does, with every token's logits kept: for comparison with a reference."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from worker.attention import Attention, Batch
+from worker.attention.cpu import CpuAttention
+from worker.model.config import read_config
+from worker.model.decoder import Decoder
+from worker.model.families import read_spec
+from worker.model.spec import Spec
+from worker.model.weights import Checkpoint, load_weights
+
+BLOCK_SIZE = 16
+
+
+def load_decoder(
+    folder: Path, dtype: torch.dtype = torch.float32, spec: Spec | None = None, attention: Attention | None = None
+) -> Decoder:
+    """The model of a folder; `spec` replaces what its config says."""
+    read, family = read_spec(read_config(folder))
+    weights = load_weights(spec or read, family.names, Checkpoint(folder), dtype)
+    return Decoder(spec or read, weights, attention or CpuAttention())
+
+
+@torch.inference_mode()
+def paged_logits(
+    decoder: Decoder, sequences: list[list[int]], seed: int = 0
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Logits [length, vocab] of every position of every sequence, all running together in steps of random chunks.
+
+    Pages are dealt at random. Also returns the sizes of the chunks of each step, so that a test can assert what it
+    mixed.
+    """
+    randomness, spec = random.Random(seed), decoder.spec
+    num_blocks = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
+    deck = list(range(1, sum(num_blocks) + 1))
+    randomness.shuffle(deck)
+    tables = np.zeros((len(sequences), max(num_blocks)), dtype=np.int64)
+    for row, count in enumerate(num_blocks):
+        tables[row, :count] = [deck.pop() for _ in range(count)]
+    shape = (spec.num_layers, 2, sum(num_blocks) + 1, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+    # what a page held before must not matter, as long as it is numbers
+    pages = torch.full(shape, 7.0, dtype=decoder.dtype)
+    computed = [0] * len(sequences)
+    outputs: list[list[torch.Tensor]] = [[] for _ in sequences]
+    steps: list[list[int]] = []
+    while any(done < len(sequence) for done, sequence in zip(computed, sequences)):
+        rows = [row for row, sequence in enumerate(sequences) if computed[row] < len(sequence)]
+        sizes = [min(randomness.choice((1, 1, 1, 5, 13)), len(sequences[row]) - computed[row]) for row in rows]
+        logits = _step(decoder, sequences, tables, pages, computed, rows, sizes)
+        for row, part in zip(rows, logits.split(sizes)):
+            outputs[row].append(part)
+            computed[row] += len(part)
+        steps.append(sizes)
+    return [torch.cat(parts) for parts in outputs], steps
+
+
+def _step(decoder, sequences, tables, pages, computed, rows, sizes) -> torch.Tensor:
+    starts = np.array([computed[row] for row in rows])
+    positions = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes)])
+    owner = np.repeat(rows, sizes)
+    tokens = torch.tensor([sequences[row][position] for row, position in zip(owner, positions)])
+    slots = tables[owner, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    batch = Batch(np.array(sizes), starts, tables[rows], torch.from_numpy(slots))
+    return decoder.forward(tokens, torch.from_numpy(positions), batch, pages, torch.arange(len(tokens)))
+
+
+def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest absolute difference over largest absolute logit."""
+    scale = max(float(logits.abs().max()) for logits in expected)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(got, expected)) / scale
