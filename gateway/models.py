@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.card import ModelCard
-from common.errors import NotFound, StoreError, TemplateError, Unavailable
+from common.errors import ConfigurationError, NotFound, StoreError, TemplateError, Unavailable, WireError
 from common.text.template import ChatTemplate
 from common.text.tokenizer import TextTokenizer
 
@@ -26,7 +26,7 @@ class CardStore(Protocol):
 
     async def cards(self) -> list[ModelCard]: ...
 
-    async def tokenizer(self, digest: str) -> bytes: ...
+    async def tokenizer(self, digest: str) -> bytes | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ModelRegistry:
         for lane, card in cards.items():
             known = self._models.get(lane)
             if known is None or known.card != card:
-                self._models[lane] = await self._serve(card)
+                await self._take_over(card)
         self._models = {lane: model for lane, model in self._models.items() if lane in cards}
 
     async def _run(self) -> None:
@@ -82,19 +82,22 @@ class ModelRegistry:
     async def _try_refresh(self) -> None:
         try:
             await self.refresh()
-        except StoreError as error:
+        except (StoreError, WireError, ConfigurationError) as error:
             log.warning("cannot read the model cards", extra={"reason": str(error)})
 
-    async def _serve(self, card: ModelCard) -> ServedModel:
-        tokenizer = next((m.tokenizer for m in self._models.values() if _same_tokenizer(m.card, card)), None)
+    async def _take_over(self, card: ModelCard) -> None:
+        tokenizer = await self._tokenizer(card)
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(TextTokenizer, await self._fleet.tokenizer(card.tokenizer_digest))
-        if not card.chat_template:
-            return ServedModel(card, tokenizer, None, "")
-        try:
-            return ServedModel(card, tokenizer, ChatTemplate(card.chat_template, card.bos_token, card.eos_token))
-        except TemplateError as error:
-            return ServedModel(card, tokenizer, None, error.message)
+            log.warning("a model was announced without its tokenizer", extra={"model": card.served_name})
+            return
+        self._models[card.lane] = _served(card, tokenizer)
+
+    async def _tokenizer(self, card: ModelCard) -> TextTokenizer | None:
+        for model in self._models.values():
+            if model.card.tokenizer_digest == card.tokenizer_digest:
+                return model.tokenizer
+        data = await self._fleet.tokenizer(card.tokenizer_digest)
+        return None if data is None else await asyncio.to_thread(TextTokenizer, data)
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
@@ -120,5 +123,10 @@ class ModelRegistry:
         raise NotFound(f"unknown model {name or ''!r}; served here: {known}", code="model_not_found", param="model")
 
 
-def _same_tokenizer(one: ModelCard, other: ModelCard) -> bool:
-    return one.tokenizer_digest == other.tokenizer_digest
+def _served(card: ModelCard, tokenizer: TextTokenizer) -> ServedModel:
+    if not card.chat_template:
+        return ServedModel(card, tokenizer, None)
+    try:
+        return ServedModel(card, tokenizer, ChatTemplate(card.chat_template, card.bos_token, card.eos_token))
+    except TemplateError as error:
+        return ServedModel(card, tokenizer, None, error.message)
