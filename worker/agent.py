@@ -1,0 +1,612 @@
+"""The agent: takes jobs when the engine has room, commits its steps to Redis, follows orders, beats, drains.
+
+A few loops share one thread. Only `_converse` speaks to Redis about what this worker *is* and *has said* (hello, step,
+mine, adopt, release), so these calls never overtake one another; `_pull` only takes. The engine is a child process:
+when it dies, what it gave goes out first, then its jobs go back to the queue, and a new one is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from enum import Enum
+
+from common import wire
+from common.card import ModelCard
+from common.errors import (
+    ConfigurationError,
+    Fenced,
+    StepGap,
+    StoreError,
+    StoreUnavailable,
+    UnknownIncarnation,
+    WireError,
+)
+from common.job import TokenColumns
+from common.settings import WorkerSettings
+from common.store.connection import Connection
+from common.store.fleet import FleetStore
+from common.store.jobs import JobStore
+from common.store.reaper import Reaper
+from common.store.replies import Taken, WorkerInfo
+from common.store.workers import WorkerStore
+from common.text.tokenizer import TextTokenizer
+from worker.announce import ModelFiles, find_model, make_card, read_model, served_name
+from worker.credit import Credit
+from worker.engine_client import REAL_ENGINE, EngineProcess, settings_json, thread_environment
+from worker.held import CANCEL_REASONS, Held, HeldJobs
+from worker.metrics import WorkerMetrics
+from worker.pipe import Abort, Commit, Failed, Message, Progress, Ready, Step, Stop, Submit
+
+BEATS_PER_LEASE = 5
+RECONCILE_S = 10.0
+SHORT_STEP_MS = 15.0
+MERGE_S = 0.03
+IDLE_WAIT_S = 2.0
+RETRY_S = 0.1
+REPORT_S = 1.0
+MAX_SUSPECTS = 1
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.2, 30.0
+MAX_DEATHS_WHILE_LOADING = 3
+NUM_NONCE_BYTES = 8
+LOG_PROGRESS_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class Identity(Enum):
+    """What Redis knows of this process."""
+
+    NEW = "an incarnation is to be begun"
+    DOUBTED = "Redis may have lost its last writes"
+    KNOWN = "steps are accepted"
+
+
+class Agent:
+    """One worker. `run` returns when it was drained. `command` starts the engine; tests give another one."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        connection: Connection,
+        *,
+        command: Sequence[str] = REAL_ENGINE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._connection, self._command, self._clock = settings, connection, command, clock
+        self.worker_id = settings.worker_id or f"w-{secrets.token_hex(4)}"
+        self.metrics = WorkerMetrics()
+        self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
+        self._started_ms = round(time.time() * 1000)
+        self._engine: EngineProcess | None = None
+        self._ready: Ready | None = None
+        self._stats: dict[str, float] = {}
+        self._progress = Progress("starting", 0, 0)
+        self._model_name = settings.model_id
+        self._drain_until: float | None = None
+        self._to_release: dict[tuple[str, int], bool] = {}
+        self._is_engine_lost = False
+        self._num_tokens = 0
+        self._request = 0
+        self._identity = Identity.NEW
+        self._last_call = self._last_reconcile = self._last_sign_of_life = 0.0
+        self._last_commit = 0
+        self._starting: set[str] = set()
+        self._is_serving, self._is_over = asyncio.Event(), asyncio.Event()
+        self._news, self._room_changed = asyncio.Event(), asyncio.Event()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serve until drained; the exit status.
+
+        Raises:
+            ConfigurationError: the model or an option cannot work.
+        """
+        if self._settings.metrics_port:
+            self._serve_metrics()
+        folder = await asyncio.to_thread(find_model, self._settings)
+        self._files: ModelFiles = await asyncio.to_thread(read_model, folder, self._settings)
+        self._model_name = served_name(self._files, self._settings)
+        self._tokenizer = TextTokenizer(self._files.tokenizer_json)
+        try:
+            async with asyncio.TaskGroup() as group:
+                loops = (self._run_engine(), self._report_loading(), self._converse(), self._pull(), self._watch())
+                tasks = [group.create_task(loop) for loop in loops]
+                await self._is_over.wait()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await self._close()
+        return 0
+
+    async def _close(self) -> None:
+        if self._is_serving.is_set():
+            await self._store.close()
+        if self._engine is not None:
+            self._engine.send(Stop())
+            await self._engine.close()
+
+    def _serve_metrics(self) -> None:
+        try:
+            self.metrics.serve(self._settings.metrics_port)
+        except OSError as error:
+            message = f"port {self._settings.metrics_port} for metrics is taken; choose another --metrics-port"
+            raise ConfigurationError(message) from error
+
+    def drain(self) -> None:
+        """Take no more jobs, let those that run finish for a while, give back the rest, leave. Twice: at once."""
+        now = self._clock()
+        if self._drain_until is None:
+            self._drain_until = now + self._settings.graceful_termination_timeout
+            logger.info("draining: no more jobs are taken", extra={"worker": self.worker_id})
+        else:
+            self._drain_until = now
+        if not self._is_serving.is_set():
+            self._is_over.set()
+        self._news.set()
+        self._room_changed.set()
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._drain_until is not None
+
+    # --- engine -----------------------------------------------------------------------------------------------------
+
+    async def _run_engine(self) -> None:
+        """Start the engine, listen to it, and start another one when it dies, later each time."""
+        back_off_s, num_deaths = FIRST_BACK_OFF_S, 0
+        environment = thread_environment(self._settings.threads)
+        settings = settings_json(self._settings, str(self._files.folder))
+        while True:
+            engine = await EngineProcess.start(self._command, settings, environment)
+            started = self._clock()
+            try:
+                failure = await self._listen(engine)
+            except asyncio.CancelledError:
+                self._engine = self._engine or engine
+                raise
+            was_ready, self._engine = self._engine is not None, None
+            status = await engine.close()
+            num_deaths = 0 if was_ready else num_deaths + 1
+            self._on_engine_death(was_ready, status, failure, num_deaths)
+            if self._clock() - started > LONGEST_BACK_OFF_S:
+                back_off_s = FIRST_BACK_OFF_S
+            await asyncio.sleep(back_off_s)
+            back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
+
+    async def _listen(self, engine: EngineProcess) -> str:
+        """Take messages until the pipe ends; the engine's own words on why it cannot go on, "" if it said none."""
+        failure = ""
+        try:
+            while (message := await engine.receive()) is not None:
+                if isinstance(message, Failed):
+                    failure = message.message
+                await self._on_message(engine, message)
+        except WireError as error:
+            failure = str(error)
+            engine.kill()
+        return failure
+
+    async def _on_message(self, engine: EngineProcess, message: Message) -> None:
+        if isinstance(message, Step):
+            self._on_step(message)
+        elif isinstance(message, Progress):
+            self._on_progress(message)
+        elif isinstance(message, Ready):
+            await self._on_ready(engine, message)
+
+    def _on_step(self, step: Step) -> None:
+        self._last_sign_of_life = self._clock()
+        self._num_tokens += sum(len(run.ids) for run in step.runs)
+        self._stats = step.stats | {"tokens": self._num_tokens}
+        self.metrics.engine(step.stats)
+        self._jobs.on_step(step)
+        self._news.set()
+        self._room_changed.set()
+
+    def _on_progress(self, progress: Progress) -> None:
+        if progress.phase != self._progress.phase:
+            logger.info("loading: %s", progress.phase, extra={"done": progress.done, "total": progress.total})
+        self._progress = progress
+
+    async def _on_ready(self, engine: EngineProcess, ready: Ready) -> None:
+        card = make_card(self._files, ready, self._settings)
+        if self._ready is not None and card.lane != self._card.lane:
+            raise ConfigurationError("the model's files changed while it was served; start the worker again")
+        self._card: ModelCard = card
+        self._ready = ready
+        self._engine = engine
+        self._last_sign_of_life = self._clock()
+        if self._is_serving.is_set():
+            self._room_changed.set()
+            return
+        for reason in ready.reasons:
+            logger.info("%s", reason)
+        self._credit = Credit(min(ready.max_num_seqs, self._settings.max_num_seqs), ready.kv_tokens)
+        self._store = WorkerStore(self._connection, card.lane, self.worker_id, "")
+        self._begin_incarnation()
+        self._is_serving.set()
+
+    def _on_engine_death(self, was_ready: bool, status: int, failure: str, num_deaths: int) -> None:
+        how = failure or (f"it was killed by signal {-status}" if status < 0 else f"it ended with status {status}")
+        if failure and not self._is_serving.is_set():
+            raise ConfigurationError(failure)
+        if num_deaths >= MAX_DEATHS_WHILE_LOADING:
+            raise ConfigurationError(
+                f"the engine died {num_deaths} times while loading: {how}; is there enough memory?"
+            )
+        self.metrics.engine_deaths.inc()
+        logger.error("engine lost, starting it again: %s", how, extra={"worker": self.worker_id})
+        self._is_engine_lost = was_ready
+        self._news.set()
+
+    def _send(self, message: Message) -> None:
+        """To the engine; a job that comes while there is none goes back to the queue."""
+        if isinstance(message, Submit):
+            if self._engine is None:
+                self._to_release[(message.request_id, message.epoch)] = False
+                self._news.set()
+            if len(self._jobs.running) <= 1:
+                self._last_sign_of_life = self._clock()
+        if self._engine is not None:
+            self._engine.send(message)
+
+    async def _report_loading(self) -> None:
+        """Be visible to gateways and people until hello."""
+        last_log = self._clock()
+        while not self._is_serving.is_set():
+            progress = self._progress
+            if self._clock() - last_log > LOG_PROGRESS_S and progress.total:
+                last_log = self._clock()
+                logger.info("loading: %s, %.0f %%", progress.phase, 100 * progress.done / progress.total)
+            with suppress(StoreError):
+                await self._fleet.report(self._info(progress))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_serving.wait(), REPORT_S)
+        with suppress(StoreError):
+            await self._fleet.unreport(self.worker_id)
+
+    def _info(self, progress: Progress) -> WorkerInfo:
+        return WorkerInfo(
+            id=self.worker_id,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            model=self._model_name,
+            state="loading",
+            started_ms=self._started_ms,
+            phase=progress.phase,
+            done=progress.done,
+            total=progress.total,
+        )
+
+    # --- conversation with Redis ------------------------------------------------------------------------------------
+
+    def _begin_incarnation(self) -> None:
+        """Forget every job: a new incarnation owns nothing."""
+        decoder, eos = self._tokenizer, self._card.eos_token_ids
+        self._jobs = HeldJobs(decoder, eos, self._send, self._clock, self._on_job_end)
+        self._store.nonce, self._store.incarnation = secrets.token_hex(NUM_NONCE_BYTES), ""
+        self._identity, self._request = Identity.NEW, 0
+        self._to_release.clear()
+        self._starting.clear()
+
+    def _on_job_end(self, held: Held, num_tokens: int) -> None:
+        end = held.end
+        assert end is not None
+        self.metrics.ended(end.state, end.finish_reason, num_tokens)
+        self._credit.finished(num_tokens)
+        self._room_changed.set()
+        logger.debug("job %s: %s after %d tokens", held.job.job_id, end.state.value, num_tokens)
+
+    async def _converse(self) -> None:
+        """Say and hear everything that concerns this incarnation, one call after the other, until drained."""
+        await self._is_serving.wait()
+        while not self._is_over.is_set():
+            await asyncio.sleep(0)
+            await self._news_or_beat()
+            try:
+                await self._turn()
+            except Fenced:
+                self._on_fenced()
+            except UnknownIncarnation:
+                self._identity = Identity.DOUBTED
+            except StepGap as gap:
+                self._on_gap(gap)
+            except StoreUnavailable as error:
+                logger.warning("%s", error)
+                self._news.set()
+                await asyncio.sleep(RETRY_S)
+
+    async def _news_or_beat(self) -> None:
+        """Sleep until there is something to say or a beat is due. Very short engine steps share a call."""
+        if self._identity is not Identity.KNOWN:
+            return
+        self._news.clear()
+        if not self._jobs.outbox.has_news and not self._has_business:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._until_beat())
+        while self._may_merge and (rest := self._last_call + MERGE_S - self._clock()) > 0:
+            self._news.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), rest)
+
+    @property
+    def _has_business(self) -> bool:
+        return self._is_engine_lost or bool(self._to_release) or (self._is_draining and self._jobs.is_empty)
+
+    @property
+    def _may_merge(self) -> bool:
+        """First tokens go at once; otherwise nobody sees the difference between 5 ms and 30 ms."""
+        is_quick = self._stats.get("step_ms", 0.0) < SHORT_STEP_MS
+        return is_quick and not self._jobs.outbox.is_urgent and not self._has_business
+
+    def _until_beat(self) -> float:
+        """Seconds until Redis must hear of us, or a drained job must be given back."""
+        moment = self._last_call + self._settings.lease / BEATS_PER_LEASE
+        if self._drain_until is not None and self._drain_until > self._clock():
+            moment = min(moment, self._drain_until)
+        return max(0.0, moment - self._clock())
+
+    async def _turn(self) -> None:
+        if self._identity is not Identity.KNOWN:
+            await self._introduce()
+        if self._is_draining:
+            self._advance_drain()
+        if self._is_engine_lost:
+            self._lose_engine()
+        if self._jobs.outbox.has_news or self._until_beat() == 0.0:
+            await self._step()
+        self._commit()
+        if self._to_release:
+            await self._release()
+        if self._clock() - self._last_reconcile >= RECONCILE_S:
+            await self._reconcile()
+        if self._is_draining and self._jobs.is_empty and not self._starting:
+            await self._leave()
+
+    async def _introduce(self) -> None:
+        """Say hello; and when Redis may have forgotten what it was told, tell it again before the next step."""
+        await self._announce()
+        before = self._store.incarnation
+        info = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "model": self._card.served_name,
+            "started_ms": self._started_ms,
+            "max_input_tokens": self._card.max_input_tokens,
+            "max_total_tokens": self._card.max_total_tokens,
+        }
+        hello = await self._store.hello(info)
+        if hello.incarnation != before:
+            self._jobs.outbox.begin_incarnation()
+            logger.info("incarnation %s of worker %s", hello.incarnation, self.worker_id)
+        if self._identity is Identity.DOUBTED:
+            self.metrics.reasserted.inc()
+            logger.warning("Redis was replaced or lost its last writes: saying again what this worker holds")
+            self._jobs.reopen_closed()
+            await self._adopt_all()
+        self._identity = Identity.KNOWN
+        self._last_reconcile = self._clock()
+        self._room_changed.set()
+        await self._reconcile()
+
+    async def _announce(self) -> None:
+        try:
+            await self._fleet.announce(self._card, self._files.tokenizer_json)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            raise ConfigurationError(f"{self._card.served_name} cannot be served here: {error}") from error
+
+    async def _adopt_all(self) -> None:
+        for job in self._jobs.outbox.jobs:
+            await self._adopt(job.job_id)
+
+    async def _adopt(self, job_id: str) -> None:
+        """Claim a job with all tokens that were shown; drop it if another worker has it by now."""
+        held, outgoing = self._jobs.get(job_id), self._jobs.outbox.get(job_id)
+        if held is None or outgoing is None:
+            return
+        columns = outgoing.columns(outgoing.framed_end)
+        if await self._store.adopt(job_id, held.epoch, wire.encode_job(held.job), columns):
+            self._jobs.outbox.adopted(job_id, columns.end)
+        else:
+            self._jobs.drop(job_id)
+
+    async def _step(self) -> None:
+        """One step call; the same one again if the last was not answered."""
+        jobs, started = self._jobs, self._clock()
+        self._last_call = started
+        reply = await self._store.step(jobs.outbox.next_call(self._stats))
+        self.metrics.call_seconds.observe(self._clock() - started)
+        jobs.answered(reply)
+        if any(control.verb == "drain" for control in reply.controls) and not self._is_draining:
+            self.drain()
+        self._room_changed.set()
+
+    def _commit(self) -> None:
+        """Tell the engine how far its steps are on Redis; it pauses when that is too far behind."""
+        settled = self._jobs.outbox.settled_step
+        if self._engine is not None and settled != self._last_commit:
+            self._last_commit = settled
+            self._last_sign_of_life = self._clock()
+            self._engine.send(Commit(settled))
+
+    def _on_fenced(self) -> None:
+        """Sealed or superseded: others have the jobs. Whatever is still said about them here must not leave."""
+        logger.warning("this worker was declared dead: dropping its jobs and beginning anew")
+        self.metrics.fenced.inc()
+        self._abort([job_id for job_id, _ in self._jobs.unended()])
+        last_step = self._jobs.outbox.engine_step
+        self._begin_incarnation()
+        self._jobs.outbox.engine_step = last_step
+        self._commit()
+
+    def _abort(self, job_ids: list[str]) -> None:
+        if job_ids:
+            self._send(Abort(job_ids))
+
+    def _on_gap(self, gap: StepGap) -> None:
+        """Redis has less than we thought, or more: go on from what it has."""
+        logger.warning("continuing after a gap: %s", gap)
+        if gap.subject == "step":
+            self._jobs.outbox.continue_after(gap.last)
+        else:
+            self._jobs.outbox.reopen(gap.subject, gap.last)
+        self._news.set()
+
+    async def _reconcile(self) -> None:
+        """Compare what we hold with what Redis thinks we hold."""
+        store, jobs = self._store, self._jobs
+        self._last_reconcile = self._clock()
+        owned = await store.mine()
+        for row in owned:
+            held = jobs.get(row.job_id)
+            if held is not None and held.epoch == row.epoch:
+                if row.cancel_reason:
+                    jobs.cancel(row.job_id, CANCEL_REASONS[row.cancel_reason])
+            elif (row.job_id, row.epoch) not in jobs.started:
+                taken = await store.body(row.job_id)
+                if taken is not None:
+                    await self._begin(jobs, taken)
+            elif row.job_id not in self._starting and not jobs.is_recently_closed(row.job_id, row.epoch):
+                await store.release([(row.job_id, row.epoch)], count_attempt=False)
+        known = {row.job_id for row in owned}
+        for held in jobs.running:
+            if held.job.job_id not in known:
+                await self._adopt(held.job.job_id)
+        jobs.forget_early_orders()
+        jobs.forget_old()
+
+    # --- giving jobs back -------------------------------------------------------------------------------------------
+
+    def _lose_engine(self) -> None:
+        """The engine's jobs go back with the attempt counted, after what it gave has gone out."""
+        self._is_engine_lost = False
+        self._to_release |= dict.fromkeys(self._jobs.unended(), True)
+        self._jobs.outbox.begin_engine()
+        self._last_commit = 0
+
+    def _advance_drain(self) -> None:
+        if self._drain_until is not None and self._clock() >= self._drain_until:
+            rest = [job for job in self._jobs.unended() if job not in self._to_release]
+            self._to_release |= dict.fromkeys(rest, False)
+            self._abort([job_id for job_id, _ in rest])
+
+    async def _release(self) -> None:
+        """Everything of these jobs that may be shown is on Redis now; let others go on with them."""
+        unended = self._jobs.unended()
+        for is_counted in (True, False):
+            jobs = [job for job in unended if self._to_release.get(job) is is_counted]
+            if jobs:
+                await self._store.release(jobs, count_attempt=is_counted)
+            for job_id, _ in jobs:
+                self._jobs.drop(job_id)
+        self._to_release.clear()
+        self._room_changed.set()
+
+    async def _leave(self) -> None:
+        await self._store.bye()
+        logger.info("drained", extra={"worker": self.worker_id})
+        self._is_over.set()
+
+    # --- taking jobs ------------------------------------------------------------------------------------------------
+
+    async def _pull(self) -> None:
+        """Take as many jobs as there is room for, whenever there is some."""
+        await self._is_serving.wait()
+        while True:
+            room = self._room()
+            if not room:
+                self._room_changed.clear()
+                await self._room_changed.wait()
+                continue
+            jobs, taken = self._jobs, await self._take(room)
+            for job in taken:
+                await self._begin(jobs, job)
+            if not taken:
+                await self._store.wait_for_work(IDLE_WAIT_S)
+
+    def _room(self) -> int:
+        if self._engine is None or self._is_engine_lost or self._is_draining or self._identity is not Identity.KNOWN:
+            return 0
+        return self._credit.room([held.lengths for held in self._jobs.running], int(self._stats.get("waiting", 0)))
+
+    async def _take(self, room: int) -> list[Taken]:
+        """One take; a lost reply is asked for again under the same number. What went wrong is told to `_converse`."""
+        jobs = self._jobs
+        try:
+            taken = await self._store.take(room, self._request + 1, max_suspects=MAX_SUSPECTS)
+        except StoreUnavailable:
+            await asyncio.sleep(RETRY_S)
+            return []
+        except (Fenced, UnknownIncarnation):
+            # the next step call meets the same refusal, and `_converse` deals with it
+            await self._make_beat()
+            return []
+        if jobs is not self._jobs:
+            return []
+        self._request += 1
+        self.metrics.taken.inc(len(taken))
+        return taken
+
+    async def _make_beat(self) -> None:
+        self._last_call = 0.0
+        self._news.set()
+        await asyncio.sleep(RETRY_S)
+
+    async def _begin(self, jobs: HeldJobs, taken: Taken) -> None:
+        """Start a job of ours from the end of its log."""
+        job_id = taken.job.job_id
+        if (job_id, taken.epoch) in jobs.started or job_id in self._starting:
+            return
+        self._starting.add(job_id)
+        try:
+            empty = TokenColumns(0, [], [], [])
+            logged = await self._job_store.log(job_id) if taken.num_tokens else empty
+        except StoreUnavailable:
+            return  # the next look at what is ours finds it again
+        finally:
+            self._starting.discard(job_id)
+        if jobs is self._jobs:
+            self._credit.began(len(taken.job.prompt_ids), taken.job.params.max_new_tokens)
+            jobs.begin(taken, logged)
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Kill an engine that hangs, cancel what nobody follows, and look after the other workers."""
+        await self._is_serving.wait()
+        settings = self._settings
+        reaper = Reaper(self._connection, lease_s=settings.lease, max_attempts=settings.max_attempts)
+        reaping = asyncio.create_task(reaper.run())
+        try:
+            while True:
+                await asyncio.sleep(min(0.5, settings.lease / BEATS_PER_LEASE))
+                self._check_engine()
+                self._check_followers()
+                self.metrics.held.set(len(self._jobs.running))
+        finally:
+            reaping.cancel()
+
+    def _check_engine(self) -> None:
+        """A step that does not end is a hung engine, unless it only waits for its steps to be on Redis."""
+        is_waiting_for_us = self._last_commit != self._jobs.outbox.engine_step
+        if self._engine is None or self._ready is None or not self._jobs.running or is_waiting_for_us:
+            self._last_sign_of_life = self._clock()
+        elif self._clock() - self._last_sign_of_life > self._ready.step_limit_s:
+            logger.error("no step for %.0f s: killing the engine", self._ready.step_limit_s)
+            self._engine.kill()
+
+    def _check_followers(self) -> None:
+        for job_id in self._jobs.unfollowed():
+            logger.info("job %s has no follower left: cancelled", job_id)
+            self._jobs.cancel(job_id, CANCEL_REASONS["cancelled"])
+            self._news.set()

@@ -1,0 +1,121 @@
+"""The engine as the agent sees it: a child process behind one socket. Starts it, talks to it, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from common import wire
+from common.errors import WireError
+from common.settings import WorkerSettings
+from worker.pipe import HEADER, Message, decode, encode
+
+REAL_ENGINE = (sys.executable, "-m", "worker.engine_process")
+PR_SET_PDEATHSIG = 1
+STOP_LIMIT_S = 5.0
+NUM_OTHER_PROCESSES = 2
+
+
+def die_with_parent() -> None:
+    """Runs in the child before exec: no engine may outlive the agent that would have to fence it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment for an engine of so many threads (0: all cores).
+
+    Threads that spin at OpenMP barriers take the cores that agent, gateway and Redis need; where no core is left over
+    they sleep instead.
+    """
+    count = threads or num_cores()
+    environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+    if count + NUM_OTHER_PROCESSES > num_cores():
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return environment
+
+
+def settings_json(settings: WorkerSettings, model_folder: str) -> str:
+    """What the engine must know. The address of Redis, which may hold a password, is not among it."""
+    fields = settings.model_dump(mode="json", exclude={"redis_url"}, exclude_unset=True)
+    return json.dumps(fields | {"model_id": model_folder})
+
+
+class EngineProcess:
+    """A running engine. `receive` ends with None when it is gone."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+
+    @classmethod
+    async def start(cls, command: Sequence[str], settings: str, environment: dict[str, str]) -> EngineProcess:
+        """Start `command --fd N --settings JSON` with one end of a socket pair."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--fd",
+                str(theirs.fileno()),
+                "--settings",
+                settings,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: Message) -> None:
+        """Queue a message; one to an engine that died is lost, as its death says itself through `receive`."""
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    async def receive(self) -> Message | None:
+        """The next message, None at the end of the pipe.
+
+        Raises:
+            WireError: if the engine sends what is no message.
+        """
+        try:
+            (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+            if size > wire.MAX_BYTES:
+                raise WireError(f"an engine message of {size} bytes exceeds the limit of {wire.MAX_BYTES}")
+            return decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def close(self) -> int:
+        """Close the pipe, give the process a moment to leave by itself, and reap it; its exit status."""
+        self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
+        try:
+            return await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
+        except TimeoutError:
+            self.kill()
+            return await self._process.wait()
