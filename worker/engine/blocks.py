@@ -98,6 +98,14 @@ class BlockPool:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Never find these blocks again: what they hold turned out to be unusable. Their holders keep them."""
+        for block in blocks:
+            digest = self._digest_of[block]
+            if digest is not None:
+                del self._block_of[digest]
+                self._digest_of[block] = None
+
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each block of a table.
 
@@ -139,9 +147,6 @@ class BlockPool:
 
     def _take_oldest(self) -> int:
         block, _ = self._free.popitem(last=False)
-        digest = self._digest_of[block]
-        if digest is not None:
-            del self._block_of[digest]
-            self._digest_of[block] = None
+        self.forget([block])
         self._num_holders[block] = 1
         return block

@@ -296,6 +296,7 @@ class Scheduler:
             return []
         error = result.errors.get(index, "")
         if error:
+            self.pool.forget(entry.residency.blocks)
             self._end(request)
             return [end_without_token(request, "error", error)]
         self._note_written(entry)

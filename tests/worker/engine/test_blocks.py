@@ -128,6 +128,15 @@ def test_of_two_equal_blocks_the_first_stays_the_known_one() -> None:
     pool.check([])
 
 
+def test_forgotten_blocks_are_not_found_but_kept_by_their_holders() -> None:
+    pool, blocks, digests = filled(3)
+    pool.release(blocks[2:])
+    pool.forget(blocks[1:])
+    pool.check([blocks[:2]])
+    assert pool.lookup(digests) == blocks[:1]
+    assert (pool.num_free, pool.num_cached) == (1, 0)
+
+
 def test_releasing_twice_is_an_error() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(1)

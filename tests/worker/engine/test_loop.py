@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from queue import SimpleQueue
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
 from worker.engine.scheduler import Scheduler
-from worker.pipe import Commit, Failed, Stop, TokenRun
+from worker.pipe import Commit, Failed, Message, Stop, TokenRun
 
 DEPTHS = [0, 1, 2]
 NUM_REQUESTS = 500
@@ -291,6 +293,27 @@ def test_a_message_of_the_engine_from_the_agent_is_an_error() -> None:
     harness.inbox.put(Failed("nonsense"))
     with pytest.raises(InferfleetError, match="Failed"):
         harness.loop.take_messages()
+
+
+def test_an_idle_loop_waits_for_its_inbox_and_a_busy_one_does_not() -> None:
+    harness = Harness()
+    waits: list[bool] = []
+
+    class WatchedInbox(SimpleQueue):
+        def get(self, block: bool = True, timeout: float | None = None) -> Message | None:
+            waits.append(block)
+            return super().get(block, timeout)
+
+    harness.inbox = harness.loop.inbox = WatchedInbox()
+    harness.submit(submit("a", [10, 11], max_new_tokens=3, ignore_eos=True))
+    harness.run_until_idle()
+    assert len(harness.steps) == 3
+    harness.inbox.put(Stop())
+    waits_while_busy, waits[:] = list(waits), []
+    harness.loop.run()
+    assert waits_while_busy[0] is True, "the first message is waited for"
+    assert sum(waits_while_busy) <= 2, "and the commit after the last step"
+    assert waits == [True]
 
 
 def test_every_step_carries_the_counters_of_the_pipe() -> None:

@@ -196,6 +196,16 @@ def test_a_failed_row_ends_its_request_alone_and_registers_nothing() -> None:
     assert bench.known_blocks(requests["b"]) == 2
 
 
+def test_a_prompt_that_fails_late_is_forgotten_from_its_beginning() -> None:
+    bench = Bench(max_batch_prefill_tokens=8)
+    bench.add("a", list(range(10, 22)))
+    request = bench.scheduler.requests["a"]
+    bench.step()
+    assert bench.known_blocks(request) == 2
+    bench.apply(bench.launch(), errors={0: "the logits are not finite"})
+    assert bench.known_blocks(request) == 0
+
+
 @pytest.mark.parametrize(("length", "hit"), [(7, 4), (8, 4), (9, 8)])
 def test_the_last_token_is_never_a_hit(length: int, hit: int) -> None:
     bench = Bench()
