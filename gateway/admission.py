@@ -63,7 +63,7 @@ class Admission:
             return parser(body, served, self.limits)
         return await asyncio.to_thread(parser, body, served, self.limits)
 
-    async def admit(
+    def job_of(
         self,
         draft: JobDraft,
         *,
@@ -74,20 +74,15 @@ class Admission:
         orphan_grace_s: float | None = None,
         idempotency_key: str = "",
         body_hash: str = "",
-        gateway_id: str | None = None,
         via: Literal["request", "job"] = "request",
         request_id: str = "",
         job_id: str | None = None,
-    ) -> Submission:
-        """Make the draft a durable, queued job that `gateway_id`, if given, follows from the start.
+    ) -> Job:
+        """The job that a draft becomes under these terms.
 
         `timeout_s` counts from now, `result_ttl_s` from the job's end; without `orphan_grace_s` it needs no follower.
-
-        Raises:
-            RequestError: as `JobStore.submit`.
-            StoreError: Redis is away or full.
         """
-        job = Job(
+        return Job(
             job_id=job_id or new_job_id(draft.lane),
             tenant=tenant,
             dialect=draft.dialect,
@@ -103,12 +98,24 @@ class Admission:
             cache_salt=tenant,
             view={"metadata": {}} | draft.view | {"via": via, "request_id": request_id},
         )
+
+    async def submit(self, job: Job, *, gateway_id: str | None = None) -> Submission:
+        """Make the job durable and queue it; `gateway_id`, if given, follows it from the start.
+
+        Raises:
+            RequestError: as `JobStore.submit`.
+            StoreError: Redis is away or full.
+        """
         return await self._jobs.submit(
             job,
             gateway=gateway_id,
             max_queued_tokens=self._settings.max_queued_tokens,
             tenant_max_jobs=self._settings.max_jobs_per_tenant,
         )
+
+    async def admit(self, draft: JobDraft, *, gateway_id: str | None = None, **terms: Any) -> Submission:
+        """`job_of` and `submit` in one."""
+        return await self.submit(self.job_of(draft, **terms), gateway_id=gateway_id)
 
 
 def hash_of(body: bytes) -> str:

@@ -101,6 +101,11 @@ def _default(card: ModelCard, name: str, neutral: float) -> float:
     return float(value)
 
 
+def _default_temperature(card: ModelCard) -> float:
+    """A model whose generation_config says `do_sample: false` in so many words is greedy unless the client asks."""
+    return 0.0 if card.default_sampling.get("do_sample") is False else _default(card, "temperature", 1.0)
+
+
 def _in_range(fields: Fields, name: str, default: float, low: float, high: float, *, open_low: bool = False) -> float:
     value = fields.number(name, default)
     assert value is not None
@@ -135,7 +140,7 @@ def read_sampling(fields: Fields, card: ModelCard, limits: Limits, num_top_logpr
     Raises:
         ValidationError: a value is out of range.
     """
-    temperature = _in_range(fields, "temperature", _default(card, "temperature", 1.0), 0.0, math.inf)
+    temperature = _in_range(fields, "temperature", _default_temperature(card), 0.0, math.inf)
     min_tokens = fields.integer("min_tokens", 0) or 0
     if min_tokens < 0:
         raise ValidationError("`min_tokens` must be >= 0", param="min_tokens")
