@@ -1,4 +1,4 @@
-"""Drives a decoder over pages the way the engine does, with every token's logits kept: for comparison with a reference."""
+"""Drives a decoder over pages as the engine does, keeping every token's logits for comparison with a reference."""
 
 from __future__ import annotations
 

@@ -274,4 +274,4 @@ def top_tokens(logprobs: Tensor, number: int, *, with_ties: bool) -> list[tuple[
 
 
 def _column(values: npt.NDArray[np.generic], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float64))[:, None].to(like.dtype)
+    return torch.from_numpy(np.array(values, dtype=np.float64))[:, None].to(like.dtype)
