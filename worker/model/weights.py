@@ -98,10 +98,6 @@ class Checkpoint:
         return sum(_num_bytes(entry) for _, entry in self._places.values())
 
     @property
-    def num_elements(self) -> int:
-        return sum(int(torch.Size(entry["shape"]).numel()) for _, entry in self._places.values())
-
-    @property
     def dtype(self) -> torch.dtype:
         """The type that holds most of the bytes."""
         sizes: dict[str, int] = {}
@@ -264,10 +260,10 @@ def weights_digest(config: Mapping[str, Any], files: list[Path]) -> str:
 
 
 def _samples(path: Path, size: int) -> Iterator[bytes]:
-    step = max((size - SAMPLE_BYTES) // (NUM_SAMPLES - 1), 1)
+    span = max(size - SAMPLE_BYTES, 0)
     with path.open("rb") as file:
         for number in range(NUM_SAMPLES):
-            file.seek(min(number * step, max(size - SAMPLE_BYTES, 0)))
+            file.seek(span * number // (NUM_SAMPLES - 1))
             yield file.read(SAMPLE_BYTES)
 
 

@@ -27,7 +27,7 @@ def random_case(
     group: int = 3,
     dtype: torch.dtype = torch.float32,
 ):
-    """Rows with `lengths` tokens of which the last `counts` are this step's; pages dealt at random, the rest garbage."""
+    """Rows of `lengths` tokens, the last `counts` of them this step's; pages dealt at random, the rest garbage."""
     draw = np.random.default_rng(seed)
     num_blocks = [-(-length // BLOCK_SIZE) for length in lengths]
     deck = draw.permutation(np.arange(1, sum(num_blocks) + 1))
@@ -147,15 +147,11 @@ def test_what_lies_behind_the_last_token_in_a_page_does_not_matter():
     for row, length in enumerate((19, 21)):
         k_pages[batch.block_tables[row, 2], length % BLOCK_SIZE :] = 1e4
         v_pages[batch.block_tables[row, 2], length % BLOCK_SIZE :] = 1e4
-    changed = (q, k_pages, v_pages, batch)
-    assert torch.equal(
-        run(CpuAttention(), case, LayerShape(0.25, None)), run(CpuAttention(), changed, LayerShape(0.25, None))
-    )
-    seen = replace(batch, starts=batch.starts + 1)
-    assert not torch.equal(
-        run(CpuAttention(), (q, k_pages, v_pages, seen), LayerShape(0.25, None)),
-        run(CpuAttention(), (*case[:3], seen), LayerShape(0.25, None)),
-    )
+    layer, changed = LayerShape(0.25, None), (q, k_pages, v_pages, batch)
+    assert torch.equal(run(CpuAttention(), case, layer), run(CpuAttention(), changed, layer))
+    longer = replace(batch, starts=batch.starts + 1)
+    with_garbage = run(CpuAttention(), (q, k_pages, v_pages, longer), layer)
+    assert not torch.equal(run(CpuAttention(), (*case[:3], longer), layer), with_garbage)
 
 
 def test_writing_touches_its_slots_only():

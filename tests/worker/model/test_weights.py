@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.errors import ConfigurationError
+from worker.model.config import read_config
+from worker.model.families import LLAMA_NAMES, read_spec
+from worker.model.weights import Checkpoint, DummySource, find_files, load_weights, num_parameters, weights_digest
+
+
+@pytest.fixture()
+def folder(tiny, tmp_path) -> Path:
+    """A copy of a llama checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, on_progress=None):
+    spec, family = read_spec(read_config(folder))
+    return load_weights(spec, family.names, Checkpoint(folder, on_progress), dtype)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def change(folder: Path, **config) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def split(folder: Path) -> None:
+    """The same checkpoint in two files with an index."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in parts.items():
+        save_file({name: tensors[name] for name in members}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, members in parts.items() for name in members}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_parts_are_fused_in_order(folder):
+    stored, weights = tensors_of(folder), load(folder)
+    prefix = "model.layers.1."
+    qkv = torch.cat([stored[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"])
+    assert torch.equal(weights.layers[1].qkv.weight, qkv)
+    gate_up = torch.cat([stored[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")])
+    assert torch.equal(weights.layers[1].gate_up.weight, gate_up)
+    assert torch.equal(weights.head, stored["lm_head.weight"])
+
+
+def test_an_index_of_files_gives_the_same_weights(folder):
+    before = load(folder)
+    split(folder)
+    assert len(find_files(folder)) == 2
+    after = load(folder)
+    for layer, other in zip(before.layers, after.layers):
+        assert torch.equal(layer.qkv.weight, other.qkv.weight)
+        assert torch.equal(layer.down.weight, other.down.weight)
+
+
+def test_every_tensor_is_converted(folder):
+    stored, weights = tensors_of(folder), load(folder, torch.bfloat16)
+    assert stored["model.norm.weight"].dtype is torch.float32
+    assert torch.equal(weights.final_norm, stored["model.norm.weight"].bfloat16())
+    assert torch.equal(weights.layers[0].out.weight, stored["model.layers.0.self_attn.o_proj.weight"].bfloat16())
+
+
+def test_progress_counts_every_byte_once(folder):
+    seen = []
+    load(folder, on_progress=lambda done, total: seen.append((done, total)))
+    total = sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert len(seen) > 20
+    assert seen[-1] == (total, total)
+
+
+def rewrite(folder: Path, edit) -> None:
+    tensors = tensors_of(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"),
+            "model.layers.2.mlp.up_proj.weight is missing",
+        ),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)}), r"model.norm.weight has shape \[63\]"),
+        (lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "q_proj.bias"),
+        (lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": torch.ones(3)}), "no place in the model"),
+    ],
+)
+def test_what_does_not_fit_the_config_is_named(folder, edit, words):
+    load(folder)
+    rewrite(folder, edit)
+    with pytest.raises(ConfigurationError, match=words):
+        load(folder)
+
+
+def test_buffers_that_follow_from_the_config_are_ignored(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load(folder)
+
+
+def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
+    assert load(folder).head is not load(folder).embed
+    change(folder, tie_word_embeddings=True)
+    assert torch.equal(load(folder).head, tensors_of(folder)["lm_head.weight"]), "a different head was ignored"
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    weights = load(folder)
+    assert weights.head is weights.embed
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    change(folder, tie_word_embeddings=False)
+    weights = load(folder)
+    assert weights.head is weights.embed
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_checkpoints_are_refused(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ConfigurationError, match="pickled weights, which are never loaded"):
+        find_files(folder)
+
+
+def test_a_folder_without_weights_says_so(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"no model\.safetensors"):
+        find_files(folder)
+
+
+def test_a_single_file_of_another_name_is_found(folder):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert [path.name for path in find_files(folder)] == ["weights.safetensors"]
+
+
+def test_damaged_files_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    Checkpoint(folder)
+    for spoiled in (whole[:-100], whole[:50], b"", b"\xff" * 100, whole[:8] + b"{" * (len(whole) - 8)):
+        path.write_bytes(spoiled)
+        with pytest.raises(ConfigurationError, match="safetensors"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "not an index"),
+        ("[1", "not an index"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "outside"),
+        ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors of the index is missing"),
+    ],
+)
+def test_wrong_indexes_are_refused(folder, content, words):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=words):
+        find_files(folder)
+
+
+def test_integers_are_not_a_type_to_run(folder):
+    assert Checkpoint(folder).dtype is torch.float32
+    rewrite(folder, lambda tensors: tensors.update({"big": torch.zeros(200_000, dtype=torch.int32)}))
+    with pytest.raises(ConfigurationError, match="I32"):
+        _ = Checkpoint(folder).dtype
+
+
+def digest(folder: Path) -> str:
+    return weights_digest(read_config(folder), find_files(folder))
+
+
+def test_the_fingerprint_changes_with_config_weights_and_nothing_else(folder, tmp_path):
+    first = digest(folder)
+    assert digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == first
+    change(folder, rms_norm_eps=0.5)
+    second = digest(folder)
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert len({first, second, digest(folder)}) == 3
+
+
+def test_the_fingerprint_reads_little_of_a_large_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((2).to_bytes(8, "little") + b"{}")
+        file.truncate(5_000_000_000)
+    before = weights_digest({}, [path])
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert weights_digest({}, [path]) != before
+
+
+def test_dummy_weights_are_the_same_every_time(folder):
+    spec, _ = read_spec(read_config(folder))
+    seen = []
+    source = DummySource(spec, lambda done, total: seen.append((done, total)))
+    one = load_weights(spec, LLAMA_NAMES, source, torch.float32)
+    other = load_weights(spec, LLAMA_NAMES, DummySource(spec), torch.float32)
+    assert torch.equal(one.layers[2].qkv.weight, other.layers[2].qkv.weight)
+    assert not torch.equal(one.layers[2].qkv.weight, one.layers[1].qkv.weight)
+    assert 0.015 < float(one.embed.std()) < 0.025
+    assert one.head is not one.embed
+    assert seen[-1] == (2 * num_parameters(spec), 2 * num_parameters(spec))
+
+
+def test_the_number_of_parameters_is_that_of_the_checkpoint(folder):
+    spec, _ = read_spec(read_config(folder))
+    matrices = [tensor for tensor in tensors_of(folder).values() if tensor.dim() == 2]
+    assert num_parameters(spec) == sum(tensor.numel() for tensor in matrices)
