@@ -27,7 +27,7 @@ local function hello(K, A)
     count(L, 'hellos')
   end
   C('HSET', k, 'info', info, 'bt', now())
-  return { inc, predecessors(L, wid, inc) }
+  return { inc, predecessors(L, wid, inc), C('HGET', k, 'seq') }
 end
 
 register('hello', hello, WRITES)

@@ -40,10 +40,13 @@ end
 -- A failed job starts again where its log ends, with a new time-out and no grace: an operator wants it, not a client.
 local function redrive(K, A)
   local R, L = reader(K, A)
-  local id = job_id(R)
+  local id, token = job_id(R), matching(R, 'token', '^%x+$', 32)
   done(R)
   local k = job_key(L, id)
-  local f = C('HMGET', k, 'st', 'tn', 'pr', 'cost', 'to', 'ik', 'ct')
+  local f = C('HMGET', k, 'st', 'tn', 'pr', 'cost', 'to', 'ik', 'ct', 'tk')
+  if f[8] == token then
+    return 1
+  end
   if f[1] ~= 'failed' or C('EXISTS', body_key(L, id)) == 0 then
     return 0
   end
@@ -61,7 +64,7 @@ local function redrive(K, A)
   C('ZADD', L .. ':dl', deadline, id)
   C(
     'HSET', k, 'st', 'queued', 'att', 0, 'cx', '', 'og', -1, 'dl', deadline, 'fin', '', 'ex', '',
-    'fr', '', 'ec', '', 'em', ''
+    'fr', '', 'ec', '', 'em', '', 'tk', token
   )
   count_queued(L, id, f[4])
   audit(L, 'redriven', id, '')
@@ -70,11 +73,14 @@ local function redrive(K, A)
   return 1
 end
 
--- An empty tenant means any: for operators.
+-- An empty tenant means any: for operators. The token tells a repeated call from a second one.
 local function erase(K, A)
   local R, L = reader(K, A)
-  local id, tenant = job_id(R), optional_name(R, 'tenant')
+  local id, tenant, token = job_id(R), optional_name(R, 'tenant'), matching(R, 'token', '^%x+$', 32)
   done(R)
+  if C('GET', L .. ':x:' .. id) == token then
+    return 1
+  end
   local k = job_key(L, id)
   local f = C('HMGET', k, 'st', 'tn', 'own', 'ik')
   if not f[1] or (tenant ~= '' and tenant ~= f[2]) then
@@ -93,7 +99,7 @@ local function erase(K, A)
   C('ZREM', L .. ':ti:' .. f[2], id)
   C('ZREM', L .. ':xp', id .. ':' .. f[2])
   C('ZREM', L .. ':dlq', id)
-  C('SET', L .. ':x:' .. id, '', 'EX', ERASED_TTL)
+  C('SET', L .. ':x:' .. id, token, 'EX', ERASED_TTL)
   count(L, 'erased')
   return 1
 end

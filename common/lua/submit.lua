@@ -28,23 +28,26 @@ local function is_served(L, t)
   return t - up < SERVED_MS
 end
 
+-- A job that is there with the caller's own token was made by this very call, whose reply was lost.
 local function known(L, a)
   if a.idem ~= '' then
     local value = C('GET', a.idem)
     if value then
       local hash, id = string.match(value, '^(%S+) (%S+)$')
-      local state = C('HGET', job_key(L, id), 'st')
-      if state then
-        return hash == a.hash and { 'DUP', id, state } or { 'CONFLICT', id, state }
+      local f = C('HMGET', job_key(L, id), 'st', 'tk')
+      if f[1] and hash ~= a.hash then
+        return { 'CONFLICT', id, f[1] }
+      elseif f[1] then
+        return { f[2] == a.token and 'OK' or 'DUP', id, f[1] }
       end
     end
   end
-  local f = C('HMGET', job_key(L, a.id), 'st', 'vw')
+  local f = C('HMGET', job_key(L, a.id), 'st', 'vw', 'tk')
   if f[1] then
     if f[2] == '' then
       C('HSET', job_key(L, a.id), 'vw', a.view)
     end
-    return { 'DUP', a.id, f[1] }
+    return { f[3] == a.token and 'OK' or 'DUP', a.id, f[1] }
   end
   return C('EXISTS', L .. ':x:' .. a.id) == 1 and { 'DUP', a.id, 'cancelled' }
 end
@@ -84,6 +87,7 @@ local function arguments(K, A)
     protocol = number(R, 'protocol', 1, 1000),
     view = text(R, 'view', LONGEST_BODY),
     body = text(R, 'body', LONGEST_BODY),
+    token = matching(R, 'token', '^%x+$', 32),
     needs_worker = number(R, 'needs worker', 0, 1),
   }
   done(R)
@@ -107,7 +111,7 @@ local function submit(K, A)
     'HSET', job_key(L, a.id), 'v', LAYOUT, 'st', 'queued', 'tn', a.tenant, 'pr', a.class, 'dia', a.dialect, 'ep', 0,
     'tak', 0, 'att', 0, 'own', '', 'cx', '', 'cost', a.cost, 'in', a.prompt, 'ct', t, 'sa', '', 'fin', '',
     'to', a.timeout, 'dl', t + a.timeout, 'ttl', a.ttl, 'og', a.grace, 'ex', '', 'fr', '', 'ec', '', 'em', '',
-    'ik', a.idem, 'pv', a.protocol, 'le', 0, 'vw', a.view
+    'ik', a.idem, 'pv', a.protocol, 'le', 0, 'tk', a.token, 'vw', a.view
   )
   C('SET', body_key(L, a.id), a.body)
   if a.idem ~= '' then

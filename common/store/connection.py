@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 import time
+from collections.abc import Awaitable, Callable
 from functools import cache
 from importlib import resources
 from typing import Any, Self
@@ -28,8 +29,7 @@ AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis
 """What may pass by itself. A call that failed so may have been done: every function is safe to call again."""
 
 
-class ServerChanged(redis.ConnectionError):
-    """The server behind the URL is another process than before: it may have lost its last writes."""
+Arguments = tuple[bytes | str | int | float, ...]
 
 
 @cache
@@ -83,6 +83,9 @@ class Connection:
         try:
             await connection._check_server()
             await connection._load()
+        except AWAY as error:
+            await connection.close()
+            raise StoreUnavailable(f"cannot reach Redis: {error}") from error
         except BaseException:
             await connection.close()
             raise
@@ -99,13 +102,38 @@ class Connection:
         Raises:
             StoreUnavailable, StoreFull, StoreUnsupported, Fenced, UnknownIncarnation, StepGap, StoreError
         """
+        return await self._call(function, keys.tag(lane), args, generation)
+
+    async def write(self, key: str, command: str, *args: bytes | str | int | float) -> Any:
+        """SET, SADD or HSET of a key outside lanes; works when memory is full, so that workers can come back then."""
+        return await self._call("write", key, (command, *args), -1)
+
+    async def run(self, *command: bytes | str | int | float) -> Any:
+        """A plain Redis command that may be repeated like a function: a read, or the removal of a key outside lanes."""
+        return await self._for_long(lambda: self._send(*command), -1)
+
+    async def _call(self, function: str, key: str, args: Arguments, generation: int) -> Any:
+        command = ("FCALL", f"fleet_{function}_{library()[1]}", 1, key, *args)
+
+        async def attempt() -> Any:
+            try:
+                return await self._send(*command)
+            except StoreError as error:
+                if "Function not found" not in str(error):
+                    raise
+                await self._load()
+                return await self._send(*command)
+
+        return await self._for_long(attempt, generation)
+
+    async def _for_long(self, attempt: Callable[[], Awaitable[Any]], generation: int) -> Any:
         limit = time.monotonic() + 2 * self.timeout_s
         pause = FIRST_PAUSE_S
         while True:
             if generation not in (-1, self.generation):
                 raise UnknownIncarnation("the Redis server was replaced")
             try:
-                return await self._call_once(function, lane, args)
+                return await attempt()
             except AWAY as error:
                 self._note_loss(error)
                 if time.monotonic() + pause > limit:
@@ -113,28 +141,11 @@ class Connection:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def run(self, *command: bytes | str | int | float) -> Any:
-        """A plain Redis command, once, with errors mapped as in `call`. For reads and writes outside lanes."""
+    async def _send(self, *command: bytes | str | int | float) -> Any:
         try:
             return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        except AWAY as error:
-            self._note_loss(error)
-            raise StoreUnavailable(f"Redis is away: {error}") from error
-        except redis.ResponseError as error:
-            raise meaning_of(error) from error
-
-    async def _call_once(self, function: str, lane: str, args: tuple[bytes | str | int | float, ...]) -> Any:
-        command = ("FCALL", f"fleet_{function}_{library()[1]}", 1, keys.tag(lane), *args)
-        try:
-            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        except AWAY:
-            raise
-        except redis.ResponseError as error:
-            if "Function not found" not in str(error):
-                raise meaning_of(error) from error
-        await self._load()
-        try:
-            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        except redis.AuthenticationError as error:
+            raise StoreUnsupported(f"Redis refuses this user: {error}") from error
         except AWAY:
             raise
         except redis.ResponseError as error:
@@ -144,28 +155,17 @@ class Connection:
         """Put our library on the server, unless it is there; never replace one that others may be calling."""
         source, version = library()
         try:
-            await self.redis.execute_command("FUNCTION", "LOAD", source)  # type: ignore[no-untyped-call]
-        except AWAY as error:
-            raise StoreUnavailable(f"Redis is away: {error}") from error
-        except redis.ResponseError as error:
-            if f"'inferfleet_{version}' already exists" in str(error):
-                return
-            if "unknown command" in str(error) or "NOPERM" in str(error) or isinstance(error, NoPermissionError):
-                raise StoreUnsupported(
-                    "this Redis server does not offer FUNCTION LOAD, which needs Redis 7.0 or newer"
-                ) from error
-            raise meaning_of(error) from error
+            await self._send("FUNCTION", "LOAD", source)
+        except StoreError as error:
+            if f"'inferfleet_{version}' already exists" not in str(error):
+                raise
 
     async def _check_server(self) -> None:
         try:
-            info = await self.redis.info("server")
-        except NoPermissionError:
+            text = await self._send("INFO", "server")
+        except StoreUnsupported:
             return
-        except AWAY as error:
-            raise StoreUnavailable(f"cannot reach Redis: {error}") from error
-        except redis.ResponseError as error:
-            raise meaning_of(error) from error
-        version = str(info.get("redis_version", ""))
+        version = info_field(text, "redis_version")
         numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
         if numbers and numbers < OLDEST_VERSION:
             raise StoreUnsupported(f"this is Redis {version}, but version 7.0 or newer is needed")
@@ -177,14 +177,14 @@ class Connection:
             text = await connection.read_response()
         except NoPermissionError:
             return
-        run_id = _run_id(text)
+        run_id = info_field(text, "run_id")
         if run_id == self.run_id:
             return
         is_first = not self.run_id
         self.run_id = run_id
         if not is_first:
             self.generation += 1
-            raise ServerChanged("the Redis server was replaced")
+            raise redis.ConnectionError("the Redis server was replaced")
 
     def _note_loss(self, error: Exception) -> None:
         """Without leave to ask for the server's identity, every broken connection might mean another server."""
@@ -192,11 +192,14 @@ class Connection:
             self.generation += 1
 
 
-def _run_id(info: Any) -> str:
+def info_field(info: Any, name: str) -> str:
+    """One field of an INFO reply, parsed or not; "" when it is not there."""
+    if isinstance(info, dict):
+        return str(info.get(name, ""))
     text = info.decode() if isinstance(info, bytes) else str(info)
     for line in text.splitlines():
-        if line.startswith("run_id:"):
-            return line.removeprefix("run_id:").strip()
+        if line.startswith(f"{name}:"):
+            return line.removeprefix(f"{name}:").strip()
     return ""
 
 

@@ -40,7 +40,8 @@ async def loading_workers(connection: Connection) -> list[WorkerInfo]:
     gone = [worker_id for worker_id, report in zip(ids, reports, strict=True) if report is None]
     if gone:
         await connection.run("SREM", keys.WORKERS, *gone)
-    return [decode_worker(report) for report in reports if report is not None]
+    infos = [decode_worker(report) for report in reports if report is not None]
+    return [info for info in infos if info.state == "loading"]
 
 
 def digest_of_key(text: str) -> str:
@@ -60,11 +61,11 @@ class FleetStore:
         Raises:
             StoreError: the lane belongs to another model that live workers serve.
         """
-        await self.connection.run("SET", keys.tokenizer(card.tokenizer_digest), tokenizer_json, "EX", TOKENIZER_TTL_S)
+        await self.connection.write(keys.tokenizer(card.tokenizer_digest), "SET", tokenizer_json, "EX", TOKENIZER_TTL_S)
         identity = (card.served_name, card.tokenizer_digest, card.dtype, card.quantize, str(card.vocab_size))
         fingerprint = keys.digest_of("\0".join(identity))
         await self.connection.call("announce", card.lane, encode_card(card), fingerprint)
-        await self.connection.run("SADD", keys.LANES, card.lane)
+        await self.connection.write(keys.LANES, "SADD", card.lane)
 
     async def retire(self, lane: str) -> None:
         """Forget the model of a lane: gateways stop offering it. Its jobs stay."""
@@ -89,8 +90,8 @@ class FleetStore:
 
     async def report(self, info: WorkerInfo) -> None:
         """A worker that still loads makes itself visible; to be repeated at least every minute until it says hello."""
-        await self.connection.run("SET", keys.worker_report(info.id), encode_worker(info), "EX", REPORT_TTL_S)
-        await self.connection.run("SADD", keys.WORKERS, info.id)
+        await self.connection.write(keys.worker_report(info.id), "SET", encode_worker(info), "EX", REPORT_TTL_S)
+        await self.connection.write(keys.WORKERS, "SADD", info.id)
 
     async def unreport(self, worker_id: str) -> None:
         """Loading is over: the worker is now known by its hello."""
@@ -137,7 +138,8 @@ class FleetStore:
     async def redrive(self, lane: str, job_id: str | None = None) -> int:
         """Queue one dead letter, or all of the lane, again from where its log ends. Returns how many."""
         ids = [letter.job_id for letter in await self.dead_letters(lane)] if job_id is None else [job_id]
-        return sum([integer(await self.connection.call("redrive", lane, one)) for one in ids])
+        token = secrets.token_hex(8)
+        return sum([integer(await self.connection.call("redrive", lane, one, token)) for one in ids])
 
     async def count_unfinished(self) -> int:
         """Queued and running jobs of all lanes."""
@@ -145,10 +147,10 @@ class FleetStore:
 
     async def drop_unfinished(self) -> int:
         """Erase every queued and running job of all lanes. Returns how many."""
-        num_dropped = 0
+        num_dropped, token = 0, secrets.token_hex(8)
         for lane in await self.lanes():
             for member in await self.connection.run("ZRANGE", keys.deadlines(lane), 0, -1):
-                num_dropped += integer(await self.connection.call("erase", lane, string(member), ""))
+                num_dropped += integer(await self.connection.call("erase", lane, string(member), "", token))
         return num_dropped
 
     async def create_key(self, tenant: str, *, name: str = "") -> str:
@@ -157,7 +159,7 @@ class FleetStore:
             raise StoreError("a tenant's name is 1 to 64 of [A-Za-z0-9_-]")
         text = KEY_PREFIX + secrets.token_urlsafe(32)
         fields = {"key_id": secrets.token_hex(4), "tenant": tenant, "name": name, "created_ms": int(time.time() * 1000)}
-        await self.connection.run("HSET", keys.API_KEYS, digest_of_key(text), wire.pack(fields))
+        await self.connection.write(keys.API_KEYS, "HSET", digest_of_key(text), wire.pack(fields))
         return text
 
     async def keys(self) -> list[ApiKey]:

@@ -72,7 +72,7 @@ class JobStore:
 
     async def erase(self, job_id: str, tenant: str) -> bool:
         """Cancel if needed, then remove record, body and log for good. False if the tenant has no such job."""
-        return bool(await self._call("erase", job_id, tenant))
+        return bool(await self._call("erase", job_id, tenant, secrets.token_hex(8)))
 
     async def attach(self, job_id: str, gateway: str) -> JobRecord | None:
         """Have frames and status changes of the job sent to `gateway` from now on. Safe to repeat."""
@@ -170,6 +170,7 @@ def _submission_args(
         PROTOCOL,
         wire.pack(job.view),
         wire.encode_job(job),
+        secrets.token_hex(8),
     )
 
 

@@ -50,10 +50,15 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`incarnation` is "<counter>.<nonce>"; `num_recovered` jobs of this worker's dead predecessors were requeued."""
+    """`incarnation` is "<counter>.<nonce>"; `num_recovered` jobs of this worker's dead predecessors were requeued.
+
+    `last_step` is the last step that Redis has of this incarnation: 0, unless a nonce said hello again. The next call
+    carries it as `previous` and a higher number as `step`.
+    """
 
     incarnation: str
     num_recovered: int
+    last_step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,14 @@ from typing import Any
 
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from common import keys, wire
-from common.errors import StoreError, UnknownIncarnation
+from common.errors import StepGap, StoreError, UnknownIncarnation
 from common.job import Job, TokenColumns
 from common.store.connection import AWAY, Connection
+from common.store.fleet import FleetStore
 from common.store.jobs import CLASSES, PROTOCOL
 from common.store.reaper import MAX_ATTEMPTS, recover, tails_of
 from common.store.replies import Control, Hello, Owned, StepCall, StepReply, Taken, integer, string
@@ -32,6 +35,7 @@ class WorkerStore:
         self.connection, self.lane, self.worker_id, self.nonce = connection, lane, worker_id, nonce
         self.incarnation = ""
         self._generation = -1
+        self._last_step = 0
         self._views: dict[str, bytes] = {}
         self._bell: redis.asyncio.Redis | None = None
 
@@ -43,12 +47,17 @@ class WorkerStore:
         """
         generation = self.connection.generation
         reply = await self.connection.call("hello", self.lane, self.worker_id, self.nonce, wire.pack(info))
-        self.incarnation, self._generation = string(reply[0]), generation
+        self.incarnation, self._generation, self._last_step = string(reply[0]), generation, integer(reply[2])
         num_recovered = 0
         for name in map(string, reply[1]):
             worker_id, _, incarnation = name.partition(".")
             num_recovered += await recover(self.connection, self.lane, worker_id, incarnation)
-        return Hello(self.incarnation, num_recovered)
+        await FleetStore(self.connection).unreport(self.worker_id)
+        return Hello(self.incarnation, num_recovered, self._last_step)
+
+    async def drain(self) -> None:
+        """Say that this worker leaves: `take` gives it nothing more, and lists show it as draining."""
+        await self._call("drain")
 
     async def bye(self) -> None:
         """Seal this incarnation ourselves: nothing is accepted from it any more, and nobody waits for its lease."""
@@ -76,6 +85,8 @@ class WorkerStore:
             StepGap: `subject` "step": Redis' last step is `last`, not `call.previous`; else `subject` is a job whose
                 log ends at `last`, before the chunk's start. Nothing was written: send again from there.
         """
+        if call.step <= self._last_step:
+            raise StepGap("step", self._last_step)
         reply = await self._call("step", *_step_args(call))
         for finish in call.finishes:
             self._views.pop(finish.job_id, None)
@@ -131,15 +142,16 @@ class WorkerStore:
         if self._bell is None:
             self._bell = self._open_bell()
         try:
-            return await self._bell.blpop([keys.bell(self.lane)], timeout=timeout_s) is not None
-        except AWAY as error:
+            async with asyncio.timeout(timeout_s + self.connection.timeout_s):
+                return await self._bell.blpop([keys.bell(self.lane)], timeout=timeout_s) is not None
+        except (redis.RedisError, *AWAY) as error:
             logger.debug("no doorbell: %s", error)
             await asyncio.sleep(min(timeout_s, 0.2))
             return False
 
     def _open_bell(self) -> redis.asyncio.Redis:
         client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            self.connection.url, single_connection_client=False, max_connections=2, socket_timeout=None
+            self.connection.url, max_connections=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
         )
         return client
 
