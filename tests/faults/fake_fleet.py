@@ -136,6 +136,8 @@ class Follower:
                     self.ended.add(message.job_id)
                 elif isinstance(message, Reconnected):
                     self.num_reconnects += 1
+                    for job_id in set(self.heard) - self.ended:
+                        await self.jobs.attach(job_id, GATEWAY)
 
     def _hear(self, frame: Frame) -> None:
         for job_id, columns in frame.runs:

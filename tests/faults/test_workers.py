@@ -99,7 +99,9 @@ async def test_frozen_worker_is_fenced_when_it_wakes_up(fleet: WorkerFleet, foll
     worker.process.send_signal(signal.SIGSTOP)
     await eventually(lambda: process_state(worker.pid) == "T", what="the worker is frozen")
     assert between(position)
-    await eventually(lambda: follower.position(job.job_id) > position + 40, limit_s=10 + LEASE_S, what="the other goes on")
+    await eventually(
+        lambda: follower.position(job.job_id) > position + 40, limit_s=10 + LEASE_S, what="the other goes on"
+    )
     assert await follower.owner(job) != worker.name
     assert process_state(worker.pid) == "T"
     worker.process.send_signal(signal.SIGCONT)
