@@ -122,7 +122,7 @@ def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, re
     total = fitting_total_tokens(asked, kv_tokens, block_size)
     if total < 2:
         raise ConfigurationError(
-            f"--kv-tokens {kv_tokens} is too small: it must be at least {3 * block_size}, three blocks"
+            f"--kv-tokens {kv_tokens} is too small: it must be at least {2 * block_size}, two blocks"
         )
     if total < asked:
         reasons.append(f"max_total_tokens {total} instead of {asked}: the KV cache holds {kv_tokens} tokens")
