@@ -144,9 +144,9 @@ class Connection:
     async def _send(self, *command: bytes | str | int | float) -> Any:
         try:
             return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        except redis.AuthenticationError as error:
-            raise StoreUnsupported(f"Redis refuses this user: {error}") from error
-        except AWAY:
+        except AWAY as error:
+            if isinstance(error.__cause__, redis.AuthenticationError):
+                raise StoreUnsupported(f"Redis refuses this user: {error}") from error
             raise
         except redis.ResponseError as error:
             raise meaning_of(error) from error

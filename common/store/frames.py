@@ -94,11 +94,18 @@ class Subscription:
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read_for_ever())
-        for lane in list(self._lanes):
-            await self._confirmation(lane)
+        try:
+            for lane in list(self._lanes):
+                await self._confirmation(lane)
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
             with suppress(asyncio.CancelledError):

@@ -15,7 +15,7 @@ class Crashes(Exception):
 
 
 async def run_worker(connection: Connection, number: int, poison: str, *, max_jobs: int = 4) -> list[Taken]:
-    """A worker that runs what it takes to the end, unless the poison is among it: then it dies before its first token."""
+    """A worker that runs what it takes to the end, or dies before its first token if the poison is among it."""
     agent = await FakeAgent(connection, f"w{number}").start()
     taken = await agent.take(max_jobs)
     if any(item.job.job_id == poison for item in taken):
