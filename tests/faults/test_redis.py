@@ -1,4 +1,4 @@
-"""Faults of Redis under running workers: replies lost, connections cut, the server killed, the tail of its disk lost."""
+"""Faults of Redis under running workers: lost replies, cut connections, a killed server, a lost tail of its disk."""
 
 from __future__ import annotations
 
