@@ -104,6 +104,16 @@ class ModelRegistry:
         """Served models by lane."""
         return self._models
 
+    def newest_first(self) -> list[ServedModel]:
+        """All models, the one announced last first; never empty.
+
+        Raises:
+            Unavailable: no worker has announced a model yet.
+        """
+        if not self._models:
+            raise Unavailable("no model is served yet", code="no_worker", retry_after_s=RETRY_AFTER_S)
+        return sorted(self._models.values(), key=lambda model: model.card.created, reverse=True)
+
     def resolve(self, name: str | None) -> ServedModel:
         """The model a client means. Of two lanes with one name (a rollout) the newer card counts.
 
@@ -111,9 +121,7 @@ class ModelRegistry:
             NotFound: the name is unknown; the message lists the known ones.
             Unavailable: no worker has announced a model yet.
         """
-        served = sorted(self._models.values(), key=lambda model: model.card.created, reverse=True)
-        if not served:
-            raise Unavailable("no model is served yet", code="no_worker", retry_after_s=RETRY_AFTER_S)
+        served = self.newest_first()
         for model in served:
             if name in model.names:
                 return model

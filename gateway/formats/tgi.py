@@ -340,7 +340,7 @@ class GenerateRenderer:
         if not columns.ids:
             return
         self._text.append(visible_text(columns, self._special_ids, hide_special=True))
-        reach = self._longest_stop + len(columns.pieces[-1])
+        reach = max(self._longest_stop - 1, 0) + len(columns.pieces[-1])
         self._tail = (self._tail + "".join(columns.pieces))[-reach:] if reach else ""
         self._offset = columns.end
         self._last, self._is_held = columns.slice(columns.end - 1), True
