@@ -13,6 +13,8 @@ InferfleetError
 └── RequestError               refused by us, with HTTP status, error type and code
     ├── BadRequest 400         ├── Unauthorized 401      ├── Forbidden 403        ├── NotFound 404
     ├── Conflict 409           ├── PayloadTooLarge 413   ├── UnsupportedMediaType 415
+    │   └── OffsetBeyondEnd
+    ├── MethodNotAllowed 405   ├── Rewound 500
     ├── ValidationError 422    ├── GenerationFailed 424  ├── Overloaded 429        ├── Unavailable 503
     │   └── TemplateError      └── GenerationExpired 504
 """
@@ -112,10 +114,24 @@ class NotFound(RequestError):
     openai_type = "not_found_error"
 
 
+class MethodNotAllowed(RequestError):
+    status = 405
+    default_type = "method_not_allowed"
+    openai_type = "invalid_request_error"
+
+
 class Conflict(RequestError):
     status = 409
     default_type = "conflict"
     openai_type = "invalid_request_error"
+
+
+class OffsetBeyondEnd(Conflict):
+    """A stream was asked to go on at an offset that the job has not reached; `num_tokens` is what it has."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"the job has {num_tokens} tokens", code="offset_beyond_end")
+        self.num_tokens = num_tokens
 
 
 class PayloadTooLarge(RequestError):
@@ -168,3 +184,9 @@ class GenerationExpired(RequestError):
 
     status = 504
     default_type = "expired"
+
+
+class Rewound(RequestError):
+    """Tokens that a client has seen are lost; a stream whose format has no word for that can only end."""
+
+    default_type = "rewound"
