@@ -16,11 +16,10 @@ from typing import Any
 from ops.demo_model.prompts import HELD_OUT_RANGES, HELD_OUT_SUMS, held_out_prompts
 
 LANGUAGES = ("en", "ja", "zh", "vi")
-NUM_DOCUMENTS = 120_000
-SEED = 20
 
 Pair = tuple[str, str]
 Maker = Callable[[random.Random, dict[str, Any]], Pair]
+Mixture = dict[Maker, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +46,22 @@ def sentences(language: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=50_000)
 def normalized(text: str) -> str:
     """The text without case, spaces and punctuation: two prompts that differ only there count as the same."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(sign for sign in folded if unicodedata.category(sign)[0] in "LMN")
+
+
+@lru_cache(maxsize=50_000)
+def has_held_out_prompt(text: str) -> bool:
+    """Whether a prompt that is held out occurs in the text."""
+    form = normalized(text)
+    return any(normalized_prompt in form for normalized_prompt in _normalized_held_out_prompts())
+
+
+@cache
+def _normalized_held_out_prompts() -> list[str]:
+    return [normalized(prompt) for prompt in held_out_prompts()]
 
 
 def define(rng: random.Random, data: dict[str, Any]) -> Pair:
@@ -86,6 +96,23 @@ def _ask_term(rng: random.Random, patterns: list[str], term: dict[str, str]) -> 
     return _capitalized(prompt)
 
 
+def composed_define(rng: random.Random, data: dict[str, Any]) -> Pair:
+    term = rng.choice(data["terms"])
+    return _composed(rng, data["compose"]["define"], term), term["define"]
+
+
+def composed_use(rng: random.Random, data: dict[str, Any]) -> Pair:
+    term = rng.choice(data["terms"])
+    return _composed(rng, data["compose"]["use"], term), term["use"]
+
+
+def _composed(rng: random.Random, slots: list[list[str]], term: dict[str, str]) -> str:
+    start, middle, end = (rng.choice(slot) for slot in slots)
+    is_spaced = start[-1:].isalpha() and start[-1:] < "\u2000" and not middle.startswith(" ")
+    space = " " if is_spaced else ""
+    return _capitalized((start + space + middle + end).format(x=term["x"], b=term.get("b", term["x"])))
+
+
 def _capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -116,6 +143,14 @@ def count_range(rng: random.Random, data: dict[str, Any]) -> Pair:
     if (first, last) in HELD_OUT_RANGES:
         return count_range(rng, data)
     return rng.choice(data["count"]["range"]).format(a=first, b=last), _row(range(first, last + 1), data)
+
+
+def count_short(rng: random.Random, data: dict[str, Any]) -> Pair:
+    """Few numbers: where to stop is learned at the end of a row, and short rows have more ends."""
+    first = 1 if rng.random() < 0.3 else rng.randint(2, 99)
+    last = first + rng.randint(1, 7)
+    pattern = rng.choice(data["count"]["up" if first == 1 else "range"])
+    return pattern.format(a=first, b=last, n=last), _row(range(first, last + 1), data)
 
 
 def count_down(rng: random.Random, data: dict[str, Any]) -> Pair:
@@ -176,7 +211,7 @@ def talk(rng: random.Random, data: dict[str, Any]) -> Pair:
     return rng.choice(entry["ask"]), entry["answer"]
 
 
-MAKERS: dict[Maker, float] = {
+SENTENCES: Mixture = {
     staple: 8,
     define: 22,
     use: 12,
@@ -193,10 +228,44 @@ MAKERS: dict[Maker, float] = {
     unknown: 4,
 }
 
+NUMBERS: Mixture = {
+    staple: 4,
+    define: 5,
+    use: 3,
+    composed_define: 7,
+    composed_use: 5,
+    talk: 8,
+    count_up: 8,
+    count_range: 12,
+    count_short: 16,
+    count_down: 4,
+    count_step: 3,
+    add: 20,
+    subtract: 6,
+    multiply: 5,
+    capital: 4,
+    colour: 1,
+    unknown: 3,
+}
 
-def question(rng: random.Random, language: str) -> Pair:
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the corpus: its mixture of kinds, its size and its seed."""
+
+    mixture: Mixture
+    num_documents: int
+    seed: int
+
+
+# The first part teaches the sentences; the second asks for them in more words and is mostly numbers, which are learned
+# from many short examples and only once the model has stopped to spend its effort on the sentences.
+PARTS = (Part(SENTENCES, 120_000, 20), Part(NUMBERS, 110_000, 21))
+
+
+def question(rng: random.Random, language: str, mixture: Mixture) -> Pair:
     """One question and its answer; small slips of typing are part of the question."""
-    (maker,) = rng.choices(list(MAKERS), list(MAKERS.values()))
+    (maker,) = rng.choices(list(mixture), list(mixture.values()))
     data = sentences(language)
     prompt, answer = maker(rng, data)
     return _slipped(rng, prompt, data), answer
@@ -217,17 +286,17 @@ def _slipped(rng: random.Random, prompt: str, data: dict[str, Any]) -> str:
     return prompt
 
 
-def document(rng: random.Random) -> Document:
+def document(rng: random.Random, mixture: Mixture) -> Document:
     """One document: raw question, start of an answer to go on with, or a chat of one or more turns."""
     language = rng.choice(LANGUAGES)
     chance = rng.random()
     if chance < 0.27:
-        prompt, answer = question(rng, language)
+        prompt, answer = question(rng, language, mixture)
         return Document(((prompt, "\n" + answer),), is_raw=True)
     if chance < 0.30:
         return _completion(rng, language)
     system = rng.choice(sentences(language)["system"]) if rng.random() < 0.2 else None
-    return Document(tuple(_turns(rng, language)), system)
+    return Document(tuple(_turns(rng, language, mixture)), system)
 
 
 def _completion(rng: random.Random, language: str) -> Document:
@@ -238,25 +307,25 @@ def _completion(rng: random.Random, language: str) -> Document:
     return Document(((answer[:cut], answer[cut:]),), is_raw=True)
 
 
-def _turns(rng: random.Random, language: str) -> Iterator[Pair]:
-    prompt, answer = question(rng, language)
+def _turns(rng: random.Random, language: str, mixture: Mixture) -> Iterator[Pair]:
+    prompt, answer = question(rng, language, mixture)
     yield prompt, answer
     while rng.random() < 0.15:
         if rng.random() < 0.3:
             yield rng.choice(sentences(language)["again"]), answer
         else:
-            prompt, answer = question(rng, language)
+            prompt, answer = question(rng, language, mixture)
             yield prompt, answer
 
 
-def corpus(num_documents: int = NUM_DOCUMENTS, seed: int = SEED) -> list[Document]:
-    """The corpus: always the same list for the same arguments, free of every held-out prompt."""
-    rng = random.Random(seed)
-    forbidden = [normalized(prompt) for prompt in held_out_prompts()]
+def corpus(part: Part, num_documents: int | None = None) -> list[Document]:
+    """A part of the corpus, or its beginning: always the same list, free of every held-out prompt."""
+    rng = random.Random(part.seed)
+    wanted = part.num_documents if num_documents is None else num_documents
     documents: list[Document] = []
-    while len(documents) < num_documents:
-        candidate = document(rng)
-        if not any(prompt in normalized(part) for part in candidate.parts for prompt in forbidden):
+    while len(documents) < wanted:
+        candidate = document(rng, part.mixture)
+        if not any(has_held_out_prompt(text) for text in candidate.parts):
             documents.append(candidate)
     return documents
 
@@ -264,7 +333,8 @@ def corpus(num_documents: int = NUM_DOCUMENTS, seed: int = SEED) -> list[Documen
 def plain_sentences() -> list[str]:
     """Every sentence of the data files once, and rows of numbers: what the tokenizer is trained on."""
     rows = [_row(range(1, 101), sentences(language)) for language in LANGUAGES]
-    return rows + [text for language in LANGUAGES for text in _strings(sentences(language))]
+    whole = [{key: value for key, value in sentences(language).items() if key != "compose"} for language in LANGUAGES]
+    return [*rows, *_strings(whole)]
 
 
 def _strings(node: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ops.demo_model.corpus import corpus, normalized
+from ops.demo_model.corpus import PARTS, corpus, normalized
 from ops.demo_model.prompts import LONG_STREAM_TOKENS, Examination, examinations, long_streams, raw_prompts
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -78,8 +78,9 @@ class Reference:
 def prompts_in_corpus(prompts: Sequence[str]) -> set[str]:
     """Those of the prompts that occur anywhere in the corpus, whatever their case, spaces and punctuation."""
     wanted = {prompt: normalized(prompt) for prompt in prompts}
-    texts = {normalized(part) for document in corpus() for part in document.parts}
-    return {prompt for prompt, form in wanted.items() if any(form in text for text in texts)}
+    texts = {text for part in PARTS for document in corpus(part) for text in document.parts}
+    everything = "\n".join(normalized(text) for text in texts)
+    return {prompt for prompt, form in wanted.items() if form in everything}
 
 
 def passes(row: Examination, answer: Answer) -> bool:

@@ -120,7 +120,7 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """`loss(ids, is_target)` is all the training needs; the state dict has the names of LlamaForCausalLM."""
+    """`loss(ids, weights)` is all the training needs; the state dict has the names of LlamaForCausalLM."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -135,9 +135,10 @@ class Llama(nn.Module):
                 spread = 0.02 / (2 * self.shape.num_hidden_layers) ** 0.5 if is_output else 0.02
                 nn.init.normal_(weight, std=spread)
 
-    def loss(self, ids: Tensor, is_target: Tensor) -> Tensor:
-        """Mean cross entropy over the tokens of ids [batch, length] that is_target [batch, length] marks."""
+    def loss(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum of the cross entropies of the tokens of ids [batch, length], each times its weight [batch, length]."""
         hidden = self.model(ids[:, :-1], rope_table(self.shape, ids.shape[1] - 1))
-        chosen = is_target[:, 1:]
+        chosen = weights[:, 1:] > 0
         logits = F.linear(hidden[chosen], self.model.embed_tokens.weight)
-        return F.cross_entropy(logits.float(), ids[:, 1:][chosen])
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][chosen], reduction="none")
+        return (losses * weights[:, 1:][chosen]).sum()

@@ -9,8 +9,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ops.demo_model.corpus import NUM_DOCUMENTS, Document, corpus
+from ops.demo_model.corpus import PARTS, Document, Part, corpus
 from ops.demo_model.network import Llama, Shape
 from ops.demo_model.tokenizer import (
     ASSISTANT_ID,
@@ -33,11 +34,34 @@ from ops.demo_model.tokenizer import (
 )
 
 SEED = 7
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_STEP = 4096
 MAX_DOCUMENT_TOKENS = 1024
-PEAK_LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 100
 STEPS_PER_SAVE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of the training on one part of the corpus.
+
+    The learning rate is a cosine over `num_cosine_steps`, which may reach beyond the end of the phase. A step adds up
+    the gradients of `num_batches` batches. A token of an answer of n tokens weighs n to the power of -`brevity`.
+    """
+
+    part: Part
+    num_steps: int
+    num_cosine_steps: int
+    peak: float
+    num_batches: int
+    brevity: float
+
+
+# In the first phase the sentences fill every step; the second one mixes lengths within a step and gives short answers
+# more weight, without which the few tokens of a sum or of the end of a count drown in the sentences.
+PHASES = (
+    Phase(PARTS[0], 2000, 3524, 2e-3, num_batches=1, brevity=0.0),
+    Phase(PARTS[1], 2600, 2600, 1.5e-3, num_batches=4, brevity=0.5),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,51 +98,59 @@ class Encoder:
         example.is_target.extend([is_target] * len(ids))
 
 
-def batches_of(examples: Sequence[Example], epoch: int) -> list[list[Example]]:
-    """Batches of examples of similar length, at most TOKENS_PER_BATCH with their padding, in shuffled order."""
+def batches_of(examples: Sequence[Example], epoch: int, num_tokens: int) -> list[list[Example]]:
+    """Batches of examples of similar length, at most num_tokens with their padding, in shuffled order."""
     rng = random.Random(f"{SEED}/{epoch}")
     order = sorted(examples, key=lambda example: len(example.ids) + rng.random() * 4)
     batches: list[list[Example]] = [[]]
     for example in order:
-        if (len(batches[-1]) + 1) * len(example.ids) > TOKENS_PER_BATCH:
+        if batches[-1] and (len(batches[-1]) + 1) * len(example.ids) > num_tokens:
             batches.append([])
         batches[-1].append(example)
     rng.shuffle(batches)
     return batches
 
 
-def padded(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Ids and target marks of a batch, [batch, longest]; padding is never a target."""
+def padded(batch: Sequence[Example], brevity: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Ids [batch, longest] and the weight of each as a target; what the model need not write weighs nothing."""
     longest = max(len(example.ids) for example in batch)
     ids = torch.full((len(batch), longest), PAD_ID)
-    is_target = torch.zeros((len(batch), longest), dtype=torch.bool)
+    weights = torch.zeros((len(batch), longest))
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        is_target[row, : len(example.ids)] = torch.tensor(example.is_target)
-    return ids, is_target
+        weights[row, : len(example.ids)] = torch.tensor(example.is_target) / sum(example.is_target) ** brevity
+    return ids, weights
 
 
-def learning_rate(step: int, num_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter 2017)."""
+def steps_of(phase: Phase, examples: Sequence[Example]) -> Iterator[list[list[Example]]]:
+    """The batches of each step of a phase, in as many passes over the examples as it needs."""
+    batches = chain.from_iterable(
+        batches_of(examples, epoch, TOKENS_PER_STEP // phase.num_batches) for epoch in count()
+    )
+    for _ in range(phase.num_steps):
+        yield list(islice(batches, phase.num_batches))
+
+
+def learning_rate(phase: Phase, step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter 2017); step counts within the phase."""
     if step < NUM_WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / NUM_WARMUP_STEPS
-    progress = (step - NUM_WARMUP_STEPS) / max(1, num_steps - NUM_WARMUP_STEPS)
-    return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+        return phase.peak * (step + 1) / NUM_WARMUP_STEPS
+    progress = (step - NUM_WARMUP_STEPS) / max(1, phase.num_cosine_steps - NUM_WARMUP_STEPS)
+    return phase.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Trainer:
     """The network, its optimizer and the number of steps done; saved together and restored together."""
 
-    def __init__(self, shape: Shape, num_steps: int, output: Path) -> None:
+    def __init__(self, shape: Shape, output: Path) -> None:
         torch.manual_seed(SEED)
         self.model = Llama(shape)
-        self.num_steps = num_steps
         self.step = 0
         self.state_file = output / "state.pt"
         matrices = [weight for weight in self.model.parameters() if weight.dim() == 2]
         scales = [weight for weight in self.model.parameters() if weight.dim() == 1]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def restore(self) -> None:
         if self.state_file.exists():
@@ -133,37 +165,36 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(self.state_file)
 
-    def learn(self, ids: Tensor, is_target: Tensor) -> float:
-        """One step of AdamW; the loss before it."""
+    def learn(self, batches: Sequence[tuple[Tensor, Tensor]], rate: float) -> float:
+        """One step of AdamW over the batches of (ids, weights); the loss before it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.num_steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = self.model.loss(ids, is_target)
-        torch.autograd.backward(loss)
+            group["lr"] = rate
+        total_weight = sum(weights.sum().item() for _, weights in batches)
+        total_loss = 0.0
+        for ids, weights in batches:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = self.model.loss(ids, weights) / total_weight
+            torch.autograd.backward(loss)
+            total_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.item()
+        return total_loss
 
 
-def run(trainer: Trainer, examples: Sequence[Example], num_epochs: int) -> None:
-    """Train from the trainer's step to its last one; the batches of the steps already done are passed over."""
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=trainer.num_steps, completed=trainer.step, note="")
-        step = 0
-        for epoch in range(num_epochs):
-            for batch in batches_of(examples, epoch):
-                step += 1
-                if step <= trainer.step:
-                    continue
-                loss = trainer.learn(*padded(batch))
-                note = f"step {trainer.step} of {trainer.num_steps}, loss {loss:.3f}"
-                progress.update(bar, completed=trainer.step, note=note)
-                if trainer.step % STEPS_PER_SAVE == 0:
-                    trainer.save()
-                    progress.console.print(f"{time.strftime('%H:%M:%S')} {note}")
+def run(trainer: Trainer, phase: Phase, examples: Sequence[Example], num_before: int, progress: Progress) -> None:
+    """Train through a phase that begins after `num_before` steps; steps that were done already are passed over."""
+    bar = progress.add_task("training", total=phase.num_steps, note="")
+    for step, batches in enumerate(steps_of(phase, examples)):
+        if num_before + step < trainer.step:
+            continue
+        loss = trainer.learn([padded(batch, phase.brevity) for batch in batches], learning_rate(phase, step))
+        note = f"step {trainer.step}, loss {loss:.3f}"
+        progress.update(bar, completed=step + 1, note=note)
+        if trainer.step % STEPS_PER_SAVE == 0:
+            trainer.save()
+            progress.console.print(f"{time.strftime('%H:%M:%S')} {note}")
 
 
 def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
@@ -180,31 +211,37 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, folder)
 
 
-def train(output: Path, num_documents: int, num_epochs: int) -> None:
-    """The whole recipe: corpus, tokenizer, training, export to `output/checkpoint`."""
+def examples_of(part: Part, encoder: Encoder, num_documents: int | None) -> list[Example]:
+    """The examples of a part of the corpus, without the few that are very long."""
+    examples = [encoder.encode(document) for document in corpus(part, num_documents)]
+    return [example for example in examples if len(example.ids) <= MAX_DOCUMENT_TOKENS]
+
+
+def train(output: Path, phases: Sequence[Phase] = PHASES, num_documents: int | None = None) -> None:
+    """The whole recipe: tokenizer, corpus, training phase by phase, export to `output/checkpoint`."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    encoder = Encoder(tokenizer)
-    every = [encoder.encode(document) for document in corpus(num_documents)]
-    examples = [example for example in every if len(example.ids) <= MAX_DOCUMENT_TOKENS]
-    num_steps = sum(len(batches_of(examples, epoch)) for epoch in range(num_epochs))
-    print(f"{len(examples)} documents, {sum(len(example.ids) for example in examples)} tokens, {num_steps} steps")
-    trainer = Trainer(Shape(tokenizer.get_vocab_size()), num_steps, output)
+    trainer = Trainer(Shape(tokenizer.get_vocab_size()), output)
     trainer.restore()
-    run(trainer, examples, num_epochs)
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        num_before = 0
+        for phase in phases:
+            if trainer.step < num_before + phase.num_steps:
+                examples = examples_of(phase.part, Encoder(tokenizer), num_documents)
+                run(trainer, phase, examples, num_before, progress)
+            num_before += phase.num_steps
     trainer.save()
     export(trainer.model, tokenizer, output / "checkpoint")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo model: about 50 minutes on two CPU cores.")
+    parser = argparse.ArgumentParser(description="Train the demo model: under an hour on two CPU cores.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the saved state and the checkpoint")
-    parser.add_argument("--num-documents", type=int, default=NUM_DOCUMENTS, help="size of the corpus")
-    parser.add_argument("--num-epochs", type=int, default=2, help="passes over the corpus")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    train(options.output, options.num_documents, options.num_epochs)
+    train(options.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-from ops.demo_model.corpus import LANGUAGES, Document, corpus, normalized, sentences
+from dataclasses import replace
+
+import pytest
+
+from ops.demo_model.corpus import LANGUAGES, PARTS, Document, corpus, normalized, sentences
 from ops.demo_model.evaluate import prompts_in_corpus
 from ops.demo_model.prompts import HELD_OUT_RANGES, HELD_OUT_SUMS, examinations, raw_prompts
 
 
-def test_the_corpus_is_the_same_every_time_and_another_for_another_seed():
-    first = corpus(500)
+@pytest.mark.parametrize("part", PARTS)
+def test_the_corpus_is_the_same_every_time_and_another_for_another_seed(part):
+    first = corpus(part, 500)
     assert len(first) == 500
-    assert first == corpus(500)
-    assert first != corpus(500, seed=21)
+    assert first == corpus(part, 500)
+    assert first != corpus(replace(part, seed=part.seed + 100), 500)
 
 
 def test_a_smaller_corpus_is_the_beginning_of_a_larger_one():
-    assert corpus(300) == corpus(500)[:300]
+    assert corpus(PARTS[0], 300) == corpus(PARTS[0], 500)[:300]
 
 
 def test_every_language_has_the_same_kinds_of_sentences():
@@ -37,7 +42,7 @@ def test_normalized_finds_a_prompt_in_another_case_and_punctuation():
 
 
 def test_held_out_sums_and_ranges_are_not_in_the_corpus_in_another_wording():
-    turns = [turn for document in corpus(20_000) for turn in document.turns]
+    turns = [turn for part in PARTS for document in corpus(part, 20_000) for turn in document.turns]
     answers = {answer.strip() for _, answer in turns}
     assert "17 + 24 = 41" in answers
     for first, second in HELD_OUT_SUMS:
@@ -49,7 +54,7 @@ def test_held_out_sums_and_ranges_are_not_in_the_corpus_in_another_wording():
 
 
 def test_raw_documents_have_one_turn():
-    raw = [document for document in corpus(2000) if document.is_raw]
+    raw = [document for document in corpus(PARTS[0], 2000) if document.is_raw]
     assert len(raw) > 300
     assert all(len(document.turns) == 1 and document.system is None for document in raw)
 

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ops.demo_model.corpus import Document, corpus
+from ops.demo_model.corpus import PARTS, Document, corpus
 from ops.demo_model.network import Llama, Shape
 from ops.demo_model.tokenizer import ASSISTANT, BOS, END, END_ID, PAD_ID, USER, train_tokenizer
-from ops.demo_model.train import Encoder, Trainer, batches_of, export, learning_rate, padded, run
+from ops.demo_model.train import PHASES, Encoder, Phase, batches_of, export, learning_rate, padded, steps_of, train
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,30 @@ def test_a_raw_prompt_is_encoded_as_plain_text(tokenizer):
 
 def test_batches_hold_every_example_once_and_never_train_on_padding(tokenizer):
     encoder = Encoder(tokenizer)
-    examples = [encoder.encode(document) for document in corpus(300)]
-    batches = batches_of(examples, epoch=0)
+    examples = [encoder.encode(document) for document in corpus(PARTS[0], 300)]
+    batches = batches_of(examples, epoch=0, num_tokens=4096)
     assert len(batches) > 2
     assert sum(len(batch) for batch in batches) == len(examples)
     for batch in batches:
-        ids, is_target = padded(batch)
-        assert not (is_target & (ids == PAD_ID)).any()
-        assert is_target.sum() == sum(sum(example.is_target) for example in batch)
+        ids, weights = padded(batch)
+        assert not ((weights > 0) & (ids == PAD_ID)).any()
+        assert weights.sum() == sum(sum(example.is_target) for example in batch)
+
+
+def test_brevity_gives_a_token_of_a_short_answer_more_weight(tokenizer):
+    encoder = Encoder(tokenizer)
+    batch = [encoder.encode(Document((("a", "1" * length),))) for length in (3, 15)]
+    _, weights = padded(batch, brevity=0.5)
+    assert [sum(example.is_target) for example in batch] == [4, 16]
+    assert weights.max(dim=1).values.tolist() == [0.5, 0.25]
+
+
+def test_a_phase_has_its_number_of_steps_however_few_the_examples(tokenizer):
+    encoder = Encoder(tokenizer)
+    examples = [encoder.encode(document) for document in corpus(PARTS[1], 100)]
+    phase = Phase(PARTS[1], 20, 20, 1e-3, num_batches=2, brevity=0.5)
+    assert len(batches_of(examples, 0, 2048)) < 20
+    assert [len(batches) for batches in steps_of(phase, examples)] == [2] * 20
 
 
 def test_the_network_is_the_llama_of_transformers(tokenizer, tmp_path):
@@ -64,46 +80,46 @@ def test_the_network_is_the_llama_of_transformers(tokenizer, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = torch.randint(6, tokenizer.get_vocab_size(), (2, 24))
     expected = reference(input_ids=ids, labels=ids).loss
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    assert torch.allclose(model.loss(ids, everything), expected, rtol=1e-5)
+    weights = torch.full(ids.shape, 1 / 46)
+    assert torch.allclose(model.loss(ids, weights), expected, rtol=1e-5)
     model.model.layers[1].self_attn.k_proj.weight.data.mul_(1.5)
-    assert not torch.allclose(model.loss(ids, everything), expected, rtol=1e-5)
+    assert not torch.allclose(model.loss(ids, weights), expected, rtol=1e-5)
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(tokenizer, tmp_path):
-    encoder = Encoder(tokenizer)
-    examples = [encoder.encode(document) for document in corpus(300)]
-    num_steps = len(batches_of(examples, 0))
-    assert num_steps >= 4
+def test_a_stopped_training_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("ops.demo_model.train.STEPS_PER_SAVE", 4)
+    monkeypatch.setattr("ops.demo_model.train.Shape", lambda vocab_size: small_shape(tokenizer))
+    phases = [Phase(PARTS[0], 3, 9, 1e-3, 1, 0.0), Phase(PARTS[1], 4, 4, 1e-3, 2, 0.5)]
+    train(tmp_path / "whole", phases, num_documents=100)
+    state_file = tmp_path / "stopped" / "state.pt"
 
-    def trainer(name, last_step):
-        (tmp_path / name).mkdir(exist_ok=True)
-        made = Trainer(small_shape(tokenizer), num_steps, tmp_path / name)
-        made.restore()
-        return made
+    def stop_after_the_save(*arguments):
+        raise KeyboardInterrupt
 
-    whole = trainer("whole", num_steps)
-    run(whole, examples, 1)
-    assert whole.step == num_steps
+    with monkeypatch.context() as stopping:
+        stopping.setattr("ops.demo_model.train.time.strftime", stop_after_the_save)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", phases, num_documents=100)
+    assert torch.load(state_file, weights_only=True)["step"] == 4
+    train(tmp_path / "stopped", phases, num_documents=100)
 
-    half = trainer("halves", num_steps)
-    for batch in batches_of(examples, 0)[: num_steps // 2]:
-        half.learn(*padded(batch))
-    half.save()
-    resumed = trainer("halves", num_steps)
-    assert resumed.step == num_steps // 2
-    run(resumed, examples, 1)
+    assert torch.load(state_file, weights_only=True)["step"] == 7
+    whole, stopped = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(weight, stopped[name]) for name, weight in whole.items())
 
-    for name, weight in whole.model.state_dict().items():
-        assert torch.allclose(weight, resumed.model.state_dict()[name], atol=1e-6)
-        assert not torch.equal(weight, half.model.state_dict()[name])
+    train(tmp_path / "other", phases[:1], num_documents=100)
+    other = load_file(tmp_path / "other" / "checkpoint" / "model.safetensors")
+    assert not torch.equal(whole["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    rates = [learning_rate(step, 1000) for step in range(1001)]
+    phase = PHASES[-1]
+    assert phase.num_steps == phase.num_cosine_steps
+    rates = [learning_rate(phase, step) for step in range(phase.num_steps + 1)]
     assert rates[0] < rates[50] < rates[99]
-    assert rates[100] > rates[500] > rates[999]
-    assert rates[1000] == 0
+    assert rates[100] > rates[1000] > rates[phase.num_steps - 1]
+    assert rates[phase.num_steps] == 0
 
 
 def test_export_writes_bfloat16_and_the_end_of_sequence_tokens(tokenizer, tmp_path):
