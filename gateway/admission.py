@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-from common.errors import BadRequest, Overloaded
+from common.errors import Overloaded
 from common.job import Job, Priority
 from common.settings import GatewaySettings
 from common.store.jobs import JobStore, new_job_id
@@ -26,7 +26,6 @@ REQUEST_TTL_S = 120
 """Seconds that the result of a request-response route outlives its end: long enough to resume a broken stream."""
 EPHEMERAL_TTL_S = 60
 REQUEST_TIMEOUT_S = 3600.0
-MAX_KEY_LENGTH = 255
 
 
 class Admission:
@@ -121,17 +120,3 @@ class Admission:
 def hash_of(body: bytes) -> str:
     """Of the body as the client sent it: a retry must not conflict with itself through defaults drawn at random."""
     return hashlib.sha256(body).hexdigest()
-
-
-def check_idempotency_key(key: str | None) -> str:
-    """The value of the header, empty when there is none.
-
-    Raises:
-        BadRequest: it is not 1 to 255 printable ASCII characters.
-    """
-    if key is None:
-        return ""
-    if not 1 <= len(key) <= MAX_KEY_LENGTH or not (key.isascii() and key.isprintable()):
-        message = f"`Idempotency-Key` must be 1 to {MAX_KEY_LENGTH} printable ASCII characters"
-        raise BadRequest(message, code="invalid_idempotency_key", param="Idempotency-Key")
-    return key
