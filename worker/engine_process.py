@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import BinaryIO
 
@@ -67,7 +68,8 @@ def serve(connection: socket.socket, settings: WorkerSettings, load: LoadDevice)
     except Exception as error:
         # Whatever it is, the agent must hear of it, or the jobs would wait for ever.
         logger.exception("the engine cannot go on")
-        send(Failed(_sentence(error)))
+        with suppress(OSError):
+            send(Failed(_sentence(error)))
         return 1
     return 0
 
