@@ -66,7 +66,11 @@ local function matching(R, name, pattern, longest)
 end
 
 local function job_id(R)
-  return matching(R, 'job id', '^[a-z2-7]+%.?%d*$', 40)
+  local id = matching(R, 'job id', '^[a-z2-7]+%.?%d*$', 40)
+  if #id < 28 then
+    bad('job id is too short')
+  end
+  return id
 end
 
 local function name_of(R, name)

@@ -1,17 +1,17 @@
--- seal: the incarnation is dead for ever, if its heartbeat is still the one that was seen ('' asks for no comparison).
+-- seal: the incarnation is dead for ever, if its heartbeat is still the one that was seen (-1 asks for no comparison).
 -- bury: the keys of a dead incarnation go once it owns nothing.
 
 local function seal(K, A)
   local R, L = reader(K, A)
   local wid, inc = incarnation(R)
-  local seen = matching(R, 'heartbeat', '^%d*$', 20)
+  local seen = number(R, 'heartbeat', -1)
   done(R)
   local k = worker_key(L, wid)
   local f = C('HMGET', k, 'inc', 'sealed', 'hb', 'bt')
   if f[1] ~= inc or f[2] ~= '0' then
     return 1
   end
-  if seen ~= '' and seen ~= f[3] then
+  if seen ~= -1 and seen ~= tonumber(f[3]) then
     return 0
   end
   C('HSET', k, 'sealed', '1')

@@ -120,7 +120,7 @@ class FleetStore:
         num_recovered = 0
         for info in await self.workers():
             if info.id == worker_id and info.lane:
-                await self.connection.call("seal", info.lane, worker_id, info.incarnation, "")
+                await self.connection.call("seal", info.lane, worker_id, info.incarnation, -1)
                 num_recovered += await recover(self.connection, info.lane, worker_id, info.incarnation)
         return num_recovered
 

@@ -61,7 +61,7 @@ class WorkerStore:
 
     async def bye(self) -> None:
         """Seal this incarnation ourselves: nothing is accepted from it any more, and nobody waits for its lease."""
-        await self.connection.call("seal", self.lane, self.worker_id, self.incarnation, "")
+        await self.connection.call("seal", self.lane, self.worker_id, self.incarnation, -1)
         await recover(self.connection, self.lane, self.worker_id, self.incarnation)
 
     async def close(self) -> None:

@@ -147,7 +147,7 @@ async def test_lost_replies_to_a_dying_worker_and_its_reaper(far: Connection, lo
     incarnation = agent.store.incarnation
     assert len(await losing("mine", agent.store.mine)) == 1
     assert await losing("body", lambda: agent.store.body(job.job_id)) is not None
-    assert await losing("seal", lambda: far.call("seal", LANE, "w1", incarnation, "")) == 1
+    assert await losing("seal", lambda: far.call("seal", LANE, "w1", incarnation, -1)) == 1
     await losing("requeue", lambda: recover(far, LANE, "w1", incarnation))
     assert await losing("bury", lambda: far.call("bury", LANE, "w1", incarnation)) == 1
     assert await jobs.log(job.job_id) == columns(0, 3)

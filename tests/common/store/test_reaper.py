@@ -173,7 +173,7 @@ async def test_a_reaper_that_died_after_the_seal_is_replaced(
     jobs: JobStore, agent: FakeAgent, connection: Connection, reaper: Reaper
 ) -> None:
     job_id = await running_job(jobs, agent, 2)
-    assert await connection.call("seal", LANE, "w1", agent.store.incarnation, "") == 1
+    assert await connection.call("seal", LANE, "w1", agent.store.incarnation, -1) == 1
     assert await reaper.round() == 1
     assert await jobs.log(job_id) == columns(0, 2)
 
@@ -184,7 +184,7 @@ async def test_two_reapers_at_once_requeue_each_job_once(
     expected = []
     for _ in range(20):
         expected.append(await running_job(jobs, agent, 1))
-    await connection.call("seal", LANE, "w1", agent.store.incarnation, "")
+    await connection.call("seal", LANE, "w1", agent.store.incarnation, -1)
     second = await Connection.open(redis_url)
     found = await asyncio.gather(
         *[recover(link, LANE, "w1", agent.store.incarnation) for link in (connection, second, connection)]
@@ -228,7 +228,7 @@ async def test_the_buried_leave_only_a_mark_that_expires(
     ]
     with redis_server.client() as client:
         assert client.exists(*gone) == 3
-        await connection.call("seal", LANE, "w1", incarnation, "")
+        await connection.call("seal", LANE, "w1", incarnation, -1)
         await reaper.round()
         assert client.exists(*gone) == 0
         assert client.scard(keys.incarnations(LANE)) == 0
@@ -244,7 +244,7 @@ async def test_an_incarnation_that_owns_something_is_not_buried(
     jobs: JobStore, agent: FakeAgent, connection: Connection
 ) -> None:
     await running_job(jobs, agent)
-    await connection.call("seal", LANE, "w1", agent.store.incarnation, "")
+    await connection.call("seal", LANE, "w1", agent.store.incarnation, -1)
     assert await connection.call("bury", LANE, "w1", agent.store.incarnation) == 0
 
 

@@ -271,7 +271,7 @@ async def test_the_sealed_write_nothing(
     jobs: JobStore, agent: FakeAgent, connection: Connection, redis_server: ServerUnderTest
 ) -> None:
     (job_id,) = await begin(jobs, agent)
-    await connection.call("seal", LANE, "w1", agent.store.incarnation, "")
+    await connection.call("seal", LANE, "w1", agent.store.incarnation, -1)
     with redis_server.client() as client:
         before = snapshot(client)
         with pytest.raises(Fenced):
