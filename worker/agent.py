@@ -87,9 +87,10 @@ class Agent:
         self._engine: EngineProcess | None = None
         self._ready: Ready | None = None
         self._stats: dict[str, float] = {}
-        self._progress = Progress("starting", 0, 0)
+        self._progress, self._phase_began = Progress("starting", 0, 0), clock()
         self._model_name = settings.model_id
         self._drain_until: float | None = None
+        self._is_drain_told = False
         self._to_release: dict[tuple[str, int], bool] = {}
         self._is_engine_lost = False
         self._num_tokens = 0
@@ -109,6 +110,8 @@ class Agent:
         Raises:
             ConfigurationError: the model or an option cannot work.
         """
+        if self._settings.trust_remote_code:
+            logger.warning("--trust-remote-code changes nothing: code from a checkpoint is never run")
         if self._settings.metrics_port:
             self._serve_metrics()
         folder = await asyncio.to_thread(find_model, self._settings)
@@ -156,6 +159,10 @@ class Agent:
     @property
     def _is_draining(self) -> bool:
         return self._drain_until is not None
+
+    @property
+    def _is_drain_over(self) -> bool:
+        return self._drain_until is not None and self._clock() >= self._drain_until
 
     # --- engine -----------------------------------------------------------------------------------------------------
 
@@ -213,7 +220,8 @@ class Agent:
 
     def _on_progress(self, progress: Progress) -> None:
         if progress.phase != self._progress.phase:
-            logger.info("loading: %s", progress.phase, extra={"done": progress.done, "total": progress.total})
+            logger.info("loading: %s", progress.phase)
+            self._phase_began = self._clock()
         self._progress = progress
 
     async def _on_ready(self, engine: EngineProcess, ready: Ready) -> None:
@@ -262,16 +270,23 @@ class Agent:
         """Be visible to gateways and people until hello."""
         last_log = self._clock()
         while not self._is_serving.is_set():
-            progress = self._progress
-            if self._clock() - last_log > LOG_PROGRESS_S and progress.total:
+            if self._clock() - last_log > LOG_PROGRESS_S:
                 last_log = self._clock()
-                logger.info("loading: %s, %.0f %%", progress.phase, 100 * progress.done / progress.total)
+                self._log_progress(self._progress)
             with suppress(StoreError):
-                await self._fleet.report(self._info(progress))
+                await self._fleet.report(self._info(self._progress))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_serving.wait(), REPORT_S)
         with suppress(StoreError):
             await self._fleet.unreport(self.worker_id)
+
+    def _log_progress(self, progress: Progress) -> None:
+        if not 0 < progress.done <= progress.total:
+            return
+        passed = self._clock() - self._phase_began
+        left = passed * (progress.total - progress.done) / progress.done
+        sizes = progress.done / 1e6, progress.total / 1e6
+        logger.info("loading: %s, %.0f of %.0f MB, about %.0f s left", progress.phase, *sizes, left)
 
     def _info(self, progress: Progress) -> WorkerInfo:
         return WorkerInfo(
@@ -321,6 +336,9 @@ class Agent:
                 self._on_gap(gap)
             except StoreUnavailable as error:
                 logger.warning("%s", error)
+                if self._is_drain_over:
+                    # whoever stops us will not wait for Redis; the lease tells the others
+                    self._is_over.set()
                 self._news.set()
                 await asyncio.sleep(RETRY_S)
 
@@ -358,7 +376,7 @@ class Agent:
         if self._identity is not Identity.KNOWN:
             await self._introduce()
         if self._is_draining:
-            self._advance_drain()
+            await self._advance_drain()
         if self._is_engine_lost:
             self._lose_engine()
         if self._jobs.outbox.has_news or self._until_beat() == 0.0:
@@ -482,8 +500,7 @@ class Agent:
         for held in jobs.running:
             if held.job.job_id not in known:
                 await self._adopt(held.job.job_id)
-        jobs.forget_early_orders()
-        jobs.forget_old()
+        jobs.forget_old({(row.job_id, row.epoch) for row in owned})
 
     # --- giving jobs back -------------------------------------------------------------------------------------------
 
@@ -494,8 +511,12 @@ class Agent:
         self._jobs.outbox.begin_engine()
         self._last_commit = 0
 
-    def _advance_drain(self) -> None:
-        if self._drain_until is not None and self._clock() >= self._drain_until:
+    async def _advance_drain(self) -> None:
+        """Say that we drain; when the time is over, let go of what still runs."""
+        if not self._is_drain_told:
+            await self._fleet.drain(self.worker_id)
+            self._is_drain_told = True
+        if self._is_drain_over:
             rest = [job for job in self._jobs.unended() if job not in self._to_release]
             self._to_release |= dict.fromkeys(rest, False)
             self._abort([job_id for job_id, _ in rest])
@@ -506,7 +527,7 @@ class Agent:
         for is_counted in (True, False):
             jobs = [job for job in unended if self._to_release.get(job) is is_counted]
             if jobs:
-                await self._store.release(jobs, count_attempt=is_counted)
+                await self._store.release(jobs, count_attempt=is_counted, max_attempts=self._settings.max_attempts)
             for job_id, _ in jobs:
                 self._jobs.drop(job_id)
         self._to_release.clear()

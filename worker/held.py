@@ -199,18 +199,17 @@ class HeldJobs:
         if self._held.pop(job_id, None) is not None:
             self._send(Abort([job_id]))
 
-    def forget_old(self) -> None:
-        """Drop what was kept for a while only."""
+    def forget_old(self, owned: set[tuple[str, int]]) -> None:
+        """Drop what was kept until now; `owned` are the (job, epoch) that Redis says are ours."""
         limit = self._clock() - KEEP_CLOSED_S
         recent = [(key, closed) for key, closed in self._closed.items() if closed.at > limit]
         self._closed = dict(recent[-MAX_CLOSED:])
+        held = {(held.job.job_id, held.epoch) for held in self._held.values()}
+        self.started &= owned | held | self._closed.keys()
+        self._early.clear()
 
     def is_recently_closed(self, job_id: str, epoch: int) -> bool:
         return (job_id, epoch) in self._closed
-
-    def forget_early_orders(self) -> None:
-        """Every job they can have been for is known now."""
-        self._early.clear()
 
     def reopen_closed(self) -> None:
         """Redis may have lost the ends of these jobs: treat them as not answered yet."""
