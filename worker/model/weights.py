@@ -223,10 +223,10 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(_header_bytes(path))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        ends = [entry["data_offsets"][1] for entry in header.values() if entry["dtype"] and entry["shape"] is not None]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not a safetensors file") from error
-    if path.stat().st_size < 8 + len(_header_bytes(path)) + end:
+    if path.stat().st_size < 8 + len(_header_bytes(path)) + max(ends, default=0):
         raise ConfigurationError(f"{path} is shorter than its header says; download it again")
     return dict(header)
 

@@ -1,0 +1,111 @@
+"""The whole engine process, as the agent starts it, around a real tiny model."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.job import SamplingParams
+from tests.support import tiny_models
+from worker.pipe import Commit, Failed, Progress, Ready, Step, Stop, Submit, encode, read_message
+
+DEADLINE_S = 60.0
+ROOT = Path(__file__).parents[3]
+
+
+class Engine:
+    def __init__(self, **settings) -> None:
+        self.connection, theirs = socket.socketpair()
+        self.connection.settimeout(DEADLINE_S)
+        fields = dict(threads=1, kv_tokens=2048) | settings
+        with theirs:
+            arguments = ["--fd", str(theirs.fileno()), "--settings", json.dumps(fields)]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "worker.engine_process", *arguments],
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+            )
+        self.stream = self.connection.makefile("rb")
+
+    def send(self, message) -> None:
+        self.connection.sendall(encode(message))
+
+    def receive(self):
+        return read_message(self.stream)
+
+    def close(self) -> int:
+        self.stream.close()
+        self.connection.close()
+        _, errors = self.process.communicate(timeout=DEADLINE_S)
+        self.errors = errors.decode()
+        return self.process.returncode
+
+
+@pytest.fixture()
+def engine(request, tmp_path):
+    started = Engine(**request.param(tmp_path))
+    yield started
+    if started.process.poll() is None:
+        started.process.kill()
+        started.close()
+
+
+def tiny_settings(folder: Path) -> dict:
+    return dict(model_id=str(tiny_models.save("qwen3", folder)), dtype="float64")
+
+
+@pytest.mark.parametrize("engine", [tiny_settings], indirect=True)
+def test_a_tiny_model_loads_reports_and_answers_like_transformers(engine):
+    message, progress = engine.receive(), []
+    while isinstance(message, Progress):
+        progress.append(message)
+        message = engine.receive()
+    assert isinstance(message, Ready), message
+    assert len(progress) > 10
+    assert progress[-1].done == progress[-1].total > 0
+    prompts = {"a": [5, 6, 7], "b": list(range(40, 90))}
+    for name, ids in prompts.items():
+        params = SamplingParams(max_new_tokens=20)
+        engine.send(Submit(request_id=name, epoch=1, prompt_ids=ids, output_ids=[], params=params, eos_token_ids=[]))
+    got, ends = {name: [] for name in prompts}, {}
+    while len(ends) < len(prompts):
+        step = engine.receive()
+        assert isinstance(step, Step), step
+        engine.send(Commit(step.step))
+        for run in step.runs:
+            got[run.request_id] += run.ids
+            if run.finish:
+                ends[run.request_id] = run.finish
+    assert ends == {"a": "length", "b": "length"}
+    model = tiny_models.build("qwen3").double()
+    for name, ids in prompts.items():
+        sequence = torch.tensor([ids])
+        with torch.no_grad():
+            for _ in range(20):
+                sequence = torch.cat((sequence, model(sequence).logits[:, -1:].argmax(-1)), 1)
+        assert got[name] == sequence[0, len(ids) :].tolist()
+    engine.send(Stop())
+    assert engine.process.wait(DEADLINE_S) == 0
+    engine.close()
+
+
+def unknown_family(folder: Path) -> dict:
+    (folder / "config.json").write_text('{"model_type": "gpt9"}')
+    return dict(model_id=str(folder))
+
+
+@pytest.mark.parametrize("engine", [unknown_family], indirect=True)
+def test_a_model_that_cannot_run_is_one_sentence_and_an_exit_status(engine):
+    message = engine.receive()
+    assert isinstance(message, Failed)
+    assert "gpt9" in message.message
+    assert "llama, mistral, qwen2, qwen3" in message.message
+    assert engine.process.wait(DEADLINE_S) == 1
+    engine.close()
