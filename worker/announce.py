@@ -169,7 +169,7 @@ def _token_ids(tokenizer_json: bytes) -> tuple[dict[str, int], tuple[int, ...]]:
         added = {token["content"]: int(token["id"]) for token in content.get("added_tokens") or []}
         special = sorted(int(token["id"]) for token in content.get("added_tokens") or [] if token.get("special"))
         vocabulary = content["model"].get("vocab") or {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"tokenizer.json is not a tokenizer: {error}") from error
     known = vocabulary if isinstance(vocabulary, dict) else {text: i for i, (text, _) in enumerate(vocabulary)}
     return known | added, tuple(special)
