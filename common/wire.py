@@ -79,9 +79,11 @@ def columns_to_list(columns: TokenColumns) -> list[Any]:
 
 
 def columns_from_list(value: list[Any]) -> TokenColumns:
-    """Raises WireError if the columns are not of one length."""
+    """Raises WireError if these are not columns of one length."""
     try:
         start, ids, pieces, logprobs, tops = value
+        if not isinstance(start, int) or not all(isinstance(column, list) for column in (ids, pieces, logprobs)):
+            raise WireError("not token columns")
         if not len(ids) == len(pieces) == len(logprobs) or (tops is not None and len(tops) != len(ids)):
             raise WireError("token columns differ in length")
         rows = None if tops is None else [[TopToken(*top) for top in row] for row in tops]
@@ -105,4 +107,12 @@ def encode_frame(runs: list[tuple[str, TokenColumns]]) -> bytes:
 
 
 def decode_frame(data: bytes) -> list[tuple[str, TokenColumns]]:
-    return [(run[0], columns_from_list(run[1:])) for run in _checked(data, "T")]
+    """Inverse of `encode_frame`.
+
+    Raises:
+        WireError: if it is not a frame of this version.
+    """
+    try:
+        return [(job_id, columns_from_list(run)) for job_id, *run in _checked(data, "T")]
+    except (TypeError, ValueError) as error:
+        raise WireError(f"not a frame: {error}") from error

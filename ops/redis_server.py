@@ -247,7 +247,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, directory: 
     try:
         while time.monotonic() < limit:
             if process.poll() is not None:
-                raise ConfigurationError(f"the embedded Redis did not start: {_last_line(directory / LOG_NAME)}")
+                raise ConfigurationError(f"the embedded Redis did not start: {_last_words(directory / LOG_NAME)}")
             try:
                 client.ping()
                 return
@@ -262,9 +262,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, directory: 
     raise ConfigurationError(f"the embedded Redis did not answer within {START_LIMIT_S:.0f} s")
 
 
-def _last_line(log: Path) -> str:
+def _last_words(log: Path) -> str:
+    """A bad option is complained about in two lines: the option, then the reason."""
     try:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
         return "it left no log"
-    return lines[-1] if lines else "its log is empty"
+    return " ".join(lines[-2:]) or "its log is empty"
