@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import IO
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from common.errors import ConfigurationError
 
@@ -242,7 +244,7 @@ def _death_wish(parent: int) -> Callable[[], None] | None:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, directory: Path) -> None:
     """A server that loads a long append-only file answers LOADING; that is alive, only slow."""
-    client = redis.Redis(unix_socket_path=socket, socket_timeout=5)
+    client = redis.Redis(unix_socket_path=socket, socket_timeout=5, retry=Retry(NoBackoff(), 0))
     limit = time.monotonic() + START_LIMIT_S
     try:
         while time.monotonic() < limit:
