@@ -10,11 +10,12 @@ import torch
 
 from worker.attention import Attention, Batch
 from worker.attention.cpu import CpuAttention
+from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.spec import Spec
-from worker.model.weights import Checkpoint, load_weights
+from worker.model.weights import load_weights
 
 BLOCK_SIZE = 16
 

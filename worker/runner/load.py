@@ -16,19 +16,12 @@ from worker.attention import Attention
 from worker.attention.cpu import CpuAttention
 from worker.attention.reference import ReferenceAttention
 from worker.engine.device import fitting_total_tokens
+from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import Family, read_spec
 from worker.model.spec import Spec
-from worker.model.weights import (
-    DUMMY_SEED,
-    Checkpoint,
-    DummySource,
-    TensorSource,
-    load_weights,
-    num_parameters,
-    weights_digest,
-)
+from worker.model.weights import DUMMY_SEED, DummySource, TensorSource, load_weights, num_parameters
 from worker.pipe import Ready
 from worker.runner.memory import available_bytes, readable
 from worker.runner.torch_device import TorchDevice
@@ -55,7 +48,7 @@ def load_device(settings: WorkerSettings, on_progress: OnProgress) -> tuple[Torc
         ConfigurationError: if the model, an option or the memory does not allow it; one sentence with the fix.
     """
     reasons: list[str] = []
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(settings.threads or _num_cores())
     folder = Path(settings.model_id)
     config = read_config(folder)
     spec, family = read_spec(config)
@@ -66,6 +59,11 @@ def load_device(settings: WorkerSettings, on_progress: OnProgress) -> tuple[Torc
     limits = choose_limits(settings, spec, spec.kv_bytes_per_token(dtype.itemsize), reasons)
     device = _device(decoder, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
+
+
+def _num_cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -10,7 +11,10 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
-    """Bytes that can be allocated without swapping: the machine's, or what a container's limit leaves of them."""
+    """Bytes that can be allocated without swapping: the machine's, or what a container's limit leaves of them.
+    Where there is no /proc, the whole memory."""
+    if not meminfo.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = [line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
     available = int(found[0]) * 1024
     limit, used = cgroup / "memory.max", cgroup / "memory.current"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,3 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
         return TinyModel(name, folder, reference, [sequence.tolist() for sequence in ids], logits)
 
     return get
+
+
+@pytest.fixture()
+def folder(tiny, tmp_path) -> Path:
+    """A copy of a llama checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))

@@ -1,37 +1,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from common.errors import ConfigurationError
+from tests.worker.model.spoil import change, rewrite, tensors_of
+from worker.model.checkpoint import Checkpoint, find_files
 from worker.model.config import read_config
 from worker.model.families import LLAMA_NAMES, read_spec
-from worker.model.weights import Checkpoint, DummySource, find_files, load_weights, num_parameters, weights_digest
-
-
-@pytest.fixture()
-def folder(tiny, tmp_path) -> Path:
-    """A copy of a llama checkpoint that a test may spoil."""
-    return Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+from worker.model.weights import DummySource, load_weights, num_parameters
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, on_progress=None):
     spec, family = read_spec(read_config(folder))
     return load_weights(spec, family.names, Checkpoint(folder, on_progress), dtype)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def change(folder: Path, **config) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
 def split(folder: Path) -> None:
@@ -82,12 +68,6 @@ def test_progress_counts_every_byte_once(folder):
     assert seen[-1] == (total, total)
 
 
-def rewrite(folder: Path, edit) -> None:
-    tensors = tensors_of(folder)
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -123,81 +103,6 @@ def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
     change(folder, tie_word_embeddings=False)
     weights = load(folder)
     assert weights.head is weights.embed
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickled_checkpoints_are_refused(folder, name):
-    (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ConfigurationError, match="pickled weights, which are never loaded"):
-        find_files(folder)
-
-
-def test_a_folder_without_weights_says_so(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match=r"no model\.safetensors"):
-        find_files(folder)
-
-
-def test_a_single_file_of_another_name_is_found(folder):
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    assert [path.name for path in find_files(folder)] == ["weights.safetensors"]
-
-
-def test_damaged_files_are_refused(folder):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    Checkpoint(folder)
-    for spoiled in (whole[:-100], whole[:50], b"", b"\xff" * 100, whole[:8] + b"{" * (len(whole) - 8)):
-        path.write_bytes(spoiled)
-        with pytest.raises(ConfigurationError, match="safetensors"):
-            Checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{}", "not an index"),
-        ("[1", "not an index"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "outside"),
-        ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors of the index is missing"),
-    ],
-)
-def test_wrong_indexes_are_refused(folder, content, words):
-    (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ConfigurationError, match=words):
-        find_files(folder)
-
-
-def test_integers_are_not_a_type_to_run(folder):
-    assert Checkpoint(folder).dtype is torch.float32
-    rewrite(folder, lambda tensors: tensors.update({"big": torch.zeros(200_000, dtype=torch.int32)}))
-    with pytest.raises(ConfigurationError, match="I32"):
-        _ = Checkpoint(folder).dtype
-
-
-def digest(folder: Path) -> str:
-    return weights_digest(read_config(folder), find_files(folder))
-
-
-def test_the_fingerprint_changes_with_config_weights_and_nothing_else(folder, tmp_path):
-    first = digest(folder)
-    assert digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == first
-    change(folder, rms_norm_eps=0.5)
-    second = digest(folder)
-    rewrite(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
-    assert len({first, second, digest(folder)}) == 3
-
-
-def test_the_fingerprint_reads_little_of_a_large_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:
-        file.write((2).to_bytes(8, "little") + b"{}")
-        file.truncate(5_000_000_000)
-    before = weights_digest({}, [path])
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"x")
-    assert weights_digest({}, [path]) != before
 
 
 def test_dummy_weights_are_the_same_every_time(folder):

@@ -35,6 +35,10 @@ def test_this_machine_has_some():
     assert available_bytes() > 1_000_000
 
 
+def test_without_proc_the_whole_memory_counts(tmp_path):
+    assert available_bytes(tmp_path / "none", tmp_path) >= available_bytes()
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import ConfigurationError
+from tests.worker.model.spoil import change, rewrite
+from worker.model.checkpoint import Checkpoint, find_files, weights_digest
+from worker.model.config import read_config
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_checkpoints_are_refused(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ConfigurationError, match="pickled weights, which are never loaded"):
+        find_files(folder)
+
+
+def test_a_folder_without_weights_says_so(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"no model\.safetensors"):
+        find_files(folder)
+
+
+def test_a_single_file_of_another_name_is_found(folder):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert [path.name for path in find_files(folder)] == ["weights.safetensors"]
+
+
+def test_damaged_files_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    Checkpoint(folder)
+    for spoiled in (whole[:-100], whole[:50], b"", b"\xff" * 100, whole[:8] + b"{" * (len(whole) - 8)):
+        path.write_bytes(spoiled)
+        with pytest.raises(ConfigurationError, match="safetensors"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "not an index"),
+        ("[1", "not an index"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "outside"),
+        ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors of the index is missing"),
+    ],
+)
+def test_wrong_indexes_are_refused(folder, content, words):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=words):
+        find_files(folder)
+
+
+def test_integers_are_not_a_type_to_run(folder):
+    assert Checkpoint(folder).dtype is torch.float32
+    rewrite(folder, lambda tensors: tensors.update({"big": torch.zeros(200_000, dtype=torch.int32)}))
+    with pytest.raises(ConfigurationError, match="I32"):
+        _ = Checkpoint(folder).dtype
+
+
+def digest(folder: Path) -> str:
+    return weights_digest(read_config(folder), find_files(folder))
+
+
+def test_the_fingerprint_changes_with_config_weights_and_nothing_else(folder, tmp_path):
+    first = digest(folder)
+    assert digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == first
+    change(folder, rms_norm_eps=0.5)
+    second = digest(folder)
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert len({first, second, digest(folder)}) == 3
+
+
+def test_the_fingerprint_reads_little_of_a_large_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((2).to_bytes(8, "little") + b"{}")
+        file.truncate(5_000_000_000)
+    before = weights_digest({}, [path])
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert weights_digest({}, [path]) != before
