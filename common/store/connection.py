@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -19,15 +20,26 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 
 from common import keys
-from common.errors import Fenced, StepGap, StoreError, StoreFull, StoreUnavailable, StoreUnsupported, UnknownIncarnation
+from common.errors import (
+    ConfigurationError,
+    Fenced,
+    StepGap,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    StoreUnsupported,
+    UnknownIncarnation,
+)
 
 OLDEST_VERSION = (7, 0)
 MAX_CONNECTIONS = 64
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
+FIRST_OPEN_PAUSE_S, LONGEST_OPEN_PAUSE_S = 0.2, 5.0
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis.ReadOnlyError, TimeoutError, OSError)
 """What may pass by itself. A call that failed so may have been done: every function is safe to call again."""
 
+logger = logging.getLogger(__name__)
 
 Arguments = tuple[bytes | str | int | float, ...]
 
@@ -90,6 +102,24 @@ class Connection:
             await connection.close()
             raise
         return connection
+
+    @classmethod
+    async def open_patiently(cls, url: str) -> Self:
+        """As `open`, but waits for a server that is not up yet, saying so in the log.
+
+        Raises:
+            ConfigurationError: the server is older than 7.0 or has no functions.
+        """
+        pause = FIRST_OPEN_PAUSE_S
+        while True:
+            try:
+                return await cls.open(url)
+            except StoreUnsupported as error:
+                raise ConfigurationError(str(error)) from error
+            except StoreUnavailable as error:
+                logger.warning("waiting for Redis: %s", error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_OPEN_PAUSE_S)
 
     async def close(self) -> None:
         await self._pool.disconnect()

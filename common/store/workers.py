@@ -37,6 +37,7 @@ class WorkerStore:
         self._generation = -1
         self._last_step = 0
         self._views: dict[str, bytes] = {}
+        self._views_nonce = nonce
         self._bell: redis.asyncio.Redis | None = None
 
     async def hello(self, info: dict[str, Any]) -> Hello:
@@ -45,6 +46,10 @@ class WorkerStore:
         `info` describes the process: `pid`, `host`, `model`, `started_ms` and its limits `max_input_tokens`,
         `max_total_tokens`. The same nonce again gets the same incarnation while that one lives.
         """
+        if self._views_nonce != self.nonce:
+            # a process that begins anew holds no job of before
+            self._views.clear()
+            self._views_nonce = self.nonce
         generation = self.connection.generation
         reply = await self.connection.call("hello", self.lane, self.worker_id, self.nonce, wire.pack(info))
         self.incarnation, self._generation, self._last_step = string(reply[0]), generation, integer(reply[2])

@@ -367,3 +367,24 @@ async def test_run_goes_on_after_an_error_and_waits_with_jitter(
         await reaper.run()
     assert len(set(waits)) == 5
     assert all(0.8 * reaper.period_s <= wait <= 1.2 * reaper.period_s for wait in waits)
+
+
+async def test_every_job_that_comes_back_rings_the_doorbell(
+    jobs: JobStore, agent: FakeAgent, fleet: FleetStore, redis_server: ServerUnderTest
+) -> None:
+    bell = keys.bell(LANE)
+    with redis_server.client() as client:
+
+        def has_rung() -> bool:
+            return bool(client.delete(bell))
+
+        released, dead, failed = [await running_job(jobs, agent) for _ in range(3)]
+        assert has_rung()
+        await agent.store.release([(released, 1)], count_attempt=False)
+        assert has_rung()
+        await agent.finish(failed, JobState.FAILED)
+        assert not has_rung()
+        await fleet.redrive(LANE, failed)
+        assert has_rung()
+        await agent.store.bye()
+        assert has_rung(), f"{dead} came back"
