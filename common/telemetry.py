@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 
-_RESERVED = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_RESERVED = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
 class _JsonFormatter(logging.Formatter):

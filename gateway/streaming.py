@@ -18,8 +18,9 @@ from gateway.formats.base import Renderer, ServerEvent
 from gateway.formats.jobs import JobEvents
 from gateway.hub import End, Event, Follower, Rewind, Status, Stopped, Tokens
 
-RETRY_LINE = b"retry: 1000\n\n"
-COMMENT = b":\n\n"
+# no blank line after either: OpenAI's client would take it for an event without data
+RETRY_LINE = b"retry: 1000\n"
+COMMENT = b":\n"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 RendererFactory = Callable[[JobRecord], Renderer | JobEvents]

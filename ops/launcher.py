@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, StoreError
 from common.settings import GatewaySettings, UpSettings, WorkerSettings, environment_of
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
@@ -100,7 +100,10 @@ class Launcher:
         """Start everything, wait for a signal, stop everything; the exit status."""
         self._check_ports()
         redis_url = await self._start_redis()
-        self.connection = await Connection.open(redis_url)
+        try:
+            self.connection = await Connection.open(redis_url)
+        except StoreError as error:
+            raise ConfigurationError(str(error)) from error
         try:
             await self._last_run(FleetStore(self.connection))
             self._plan_children(redis_url)

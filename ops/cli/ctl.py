@@ -119,7 +119,8 @@ def _show(command: str, answer: Any) -> None:
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     gateway = Gateway(options.url, os.environ.get("INFERFLEET_API_KEY", ""))
-    answer = _answer(gateway, options)
+    with gateway.client:
+        answer = _answer(gateway, options)
     if isinstance(answer, dict) and isinstance(answer.get("data"), list):
         answer = answer["data"]
     if options.json:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import suppress
 
 from common.errors import ConfigurationError
 from common.settings import GatewaySettings, parse
+from common.store.connection import Connection
 from common.telemetry import set_up_logging
 
 
@@ -31,12 +33,18 @@ def listen(hostname: str, port: int) -> socket.socket:
     return listener
 
 
+async def _check_redis(url: str) -> None:
+    """Wait until Redis answers, and refuse one that cannot serve, before the server would show a traceback for it."""
+    await (await Connection.open_patiently(url)).close()
+
+
 def main(arguments: list[str]) -> int:
     settings = parse(GatewaySettings, arguments, program="inferfleet gateway")
     if settings.redis_url is None:
         raise ConfigurationError("a gateway needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own")
     set_up_logging(settings.log_level, json_output=settings.json_output)
     listener = listen(settings.hostname, settings.port)
+    asyncio.run(_check_redis(settings.redis_url.get_secret_value()))
 
     import uvicorn
 

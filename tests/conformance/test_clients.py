@@ -38,7 +38,7 @@ HUB_TEXT = """
 import sys
 from huggingface_hub import InferenceClient
 client = InferenceClient(sys.argv[1])
-print(client.text_generation(sys.argv[2], max_new_tokens=20), end="")
+print(client.text_generation(sys.argv[2], max_new_tokens=20, return_full_text=False), end="")
 """
 TEXT_GENERATION = """
 import sys
