@@ -173,7 +173,7 @@ def _device(decoder: Decoder, settings: WorkerSettings, limits: Limits) -> Torch
             max_num_seqs=settings.max_num_seqs,
             max_total_tokens=limits.max_total_tokens,
         )
-    except (MemoryError, RuntimeError) as error:
+    except MemoryError as error:
         raise ConfigurationError(
             f"there is no memory for a KV cache of {limits.kv_tokens} tokens; lower --kv-tokens"
         ) from error

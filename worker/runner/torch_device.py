@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class TorchDevice:
         spec = decoder.spec
         self._decoder, self._block_size = decoder, block_size
         shape = (spec.num_layers, 2, num_blocks + 1, block_size, spec.num_kv_heads, spec.head_dim)
-        self.pages = torch.zeros(shape, dtype=decoder.dtype)
+        self.pages = untouched_zeros(shape, decoder.dtype)
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, spec.vocab_size)
         self._row_errors: dict[int, str] = {}
         self._logits = torch.zeros((0, spec.vocab_size), dtype=decoder.dtype)
@@ -100,3 +102,13 @@ class TorchDevice:
         masking cannot hide such values. Pages that others share hold only numbers and stay as they are."""
         blocks: Tensor = torch.from_numpy(self.rows.block_tables[row, : -(-length // self._block_size)])
         self.pages[:, :, blocks] = self.pages[:, :, blocks].nan_to_num(posinf=0.0, neginf=0.0)
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory the system provides when it is first written: a pool of gigabytes costs neither seconds at
+    start nor memory before it is used.
+
+    Raises:
+        MemoryError: if the system does not even promise it.
+    """
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -90,6 +90,8 @@ def test_too_little_memory_is_one_sentence(load, monkeypatch):
     assert "only 1000 B of memory is free" in refusal(load)
     monkeypatch.setattr(loading, "available_bytes", lambda: 10_000_000)
     assert "at most 26041 fit" in refusal(load, kv_tokens=100_000)
+    monkeypatch.setattr(loading, "available_bytes", lambda: 1 << 60)
+    assert "no memory for a KV cache" in refusal(load, kv_tokens=1 << 46)
 
 
 def test_types(load, tiny_folder, tmp_path):
