@@ -19,6 +19,7 @@ from worker.engine.loop import EngineLoop
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
 from worker.pipe import Step, Submit
+from worker.runner.rows import TokenCounts
 from worker.runner.torch_device import untouched_zeros
 
 NUM_GREEDY = 48
@@ -164,6 +165,18 @@ def test_a_migrated_request_goes_on_as_if_undisturbed(load, params, cut):
     assert second.run()["a"] == tokens
 
 
+def test_penalties_that_forget_the_log_are_told_apart(load, monkeypatch):
+    params = dict(frequency_penalty=1.5, presence_penalty=0.5, penalty_kind=PenaltyKind.OPENAI)
+    whole = Engine(*load("llama", dtype="float64"))
+    whole.submit("a", PROMPTS["middle"], **params)
+    tokens = whole.run()["a"]
+    start = TokenCounts.start
+    monkeypatch.setattr(TokenCounts, "start", lambda self, row, ids, output: start(self, row, ids, output[:0]))
+    second = Engine(*load("llama", dtype="float64"))
+    second.submit("a", PROMPTS["middle"], tokens[:17], **params)
+    assert second.run()["a"] != tokens
+
+
 def test_another_seed_gives_another_text(load):
     texts = []
     for seed in (1, 2):
@@ -211,7 +224,7 @@ def test_results_are_in_the_order_of_the_plan_and_only_of_sampling_rows(load):
     blocks = [(5, 0, 3), (2, 0, 1), (7, 0, 9)]
     new = [init(row, ids[row]) for row in ids]
     first = step(device, plan([5, 2, 7], [4, 5, 3], [0, 0, 0], ids[5] + ids[2][:5] + ids[7], [1, 0, 1], blocks, new))
-    assert len(first.ids) == len(first.logprobs) == 2
+    assert len(first.ids) == len(first.logprobs) == len(device._logits) == 2
     assert first.ids.dtype == np.int32
     assert first.top_tokens == []
     second = step(
