@@ -16,7 +16,7 @@ import redis
 from redis.asyncio.client import PubSub
 
 from common import keys, wire
-from common.errors import StoreUnavailable, WireError
+from common.errors import ConfigurationError, StoreUnavailable, WireError
 from common.job import JobState, TokenColumns
 from common.store.connection import AWAY, Connection
 
@@ -85,6 +85,8 @@ class Subscription:
     """Async context manager and iterator. A subscription is in force when `__aenter__` or `add_lane` returns."""
 
     def __init__(self, connection: Connection, gateway: str, lanes: list[str]) -> None:
+        if not keys.WORKER_ID.fullmatch(gateway):
+            raise ConfigurationError(f"a gateway id is 1 to 64 of [A-Za-z0-9_-], not {gateway!r}")
         self._connection, self._gateway = connection, gateway
         self._lanes = dict.fromkeys(lanes)
         self._queue: asyncio.Queue[Message] = asyncio.Queue(MAX_WAITING)

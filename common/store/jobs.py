@@ -157,7 +157,7 @@ def _submission_args(
         job.tenant,
         int(CLASSES[job.priority]),
         job.dialect.value,
-        job.cost,
+        max(job.cost, 1),
         round(job.timeout_s * 1000),
         job.result_ttl_s,
         -1 if job.orphan_grace_s is None else round(job.orphan_grace_s * 1000),

@@ -13,13 +13,16 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from common import keys, wire
-from common.errors import StepGap, StoreError, UnknownIncarnation
+from common.errors import ConfigurationError, StepGap, StoreError, UnknownIncarnation
 from common.job import Job, TokenColumns
 from common.store.connection import AWAY, Connection
 from common.store.fleet import FleetStore
 from common.store.jobs import CLASSES, PROTOCOL
 from common.store.reaper import MAX_ATTEMPTS, recover, tails_of
 from common.store.replies import Control, Hello, Owned, StepCall, StepReply, Taken, integer, string
+
+MAX_CODE, MAX_MESSAGE = 64, 1000
+"""Characters of an error that a record keeps."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ class WorkerStore:
     """
 
     def __init__(self, connection: Connection, lane: str, worker_id: str, nonce: str) -> None:
+        if not keys.WORKER_ID.fullmatch(worker_id):
+            raise ConfigurationError(f"a worker id is 1 to 64 of [A-Za-z0-9_-], not {worker_id!r}")
         self.connection, self.lane, self.worker_id, self.nonce = connection, lane, worker_id, nonce
         self.incarnation = ""
         self._generation = -1
@@ -196,5 +201,5 @@ def _step_args(call: StepCall) -> list[bytes | str | int]:
     for finish in call.finishes:
         args += [finish.job_id, finish.epoch, finish.start, finish.end, finish.tail, finish.state.value]
         reason = finish.finish_reason.value if finish.finish_reason else ""
-        args += [reason, finish.error_code, finish.error_message]
+        args += [reason, finish.error_code[:MAX_CODE], finish.error_message[:MAX_MESSAGE]]
     return args

@@ -215,6 +215,14 @@ async def test_a_failed_job_says_why(jobs: JobStore, agent: FakeAgent) -> None:
     )
 
 
+async def test_a_long_error_is_cut_and_does_not_stop_the_step(jobs: JobStore, agent: FakeAgent) -> None:
+    (job_id,) = await begin(jobs, agent)
+    await agent.finish(job_id, JobState.FAILED, error_code="c" * 500, error_message="é" * 10_000)
+    record = await jobs.record(job_id)
+    assert record is not None
+    assert (record.error_code, record.error_message) == ("c" * 64, "é" * 1000)
+
+
 async def test_frames_go_to_gateways_and_the_unheard_are_named(jobs: JobStore, agent: FakeAgent) -> None:
     (job_id,) = await begin(jobs, agent, gateway="g1")
     async with jobs.frames("g1", [LANE]) as subscription:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from common import keys
-from common.errors import Fenced, UnknownIncarnation
+from common.errors import ConfigurationError, Fenced, UnknownIncarnation
 from common.job import JobState, Priority
 from common.store.connection import Connection
 from common.store.jobs import JobStore
@@ -142,6 +142,14 @@ async def test_an_unknown_incarnation_is_told_so(agent: FakeAgent, redis_server:
 async def test_before_hello_nothing_works(connection: Connection) -> None:
     with pytest.raises(UnknownIncarnation):
         await WorkerStore(connection, LANE, "w1", "aaaaaaaaaaaaaaaa").take(1, 1)
+
+
+async def test_names_that_cannot_be_part_of_a_key_are_refused(connection: Connection, jobs: JobStore) -> None:
+    for name in ("", "a.b", "a b", "{x}", "w" * 65):
+        with pytest.raises(ConfigurationError, match="worker id"):
+            WorkerStore(connection, LANE, name, "aaaa")
+        with pytest.raises(ConfigurationError, match="gateway id"):
+            jobs.frames(name, [])
 
 
 async def test_hello_again_with_the_same_nonce_is_the_same_incarnation(
