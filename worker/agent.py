@@ -87,6 +87,7 @@ class Agent:
         self._engine: EngineProcess | None = None
         self._ready: Ready | None = None
         self._stats: dict[str, float] = {}
+        self._num_fenced = 0
         self._progress, self._phase_began = Progress("starting", 0, 0), clock()
         self._model_name = settings.model_id
         self._drain_until: float | None = None
@@ -134,6 +135,8 @@ class Agent:
             await self._store.close()
         if self._engine is not None:
             self._engine.send(Stop())
+            if not self._is_serving.is_set():
+                self._engine.kill()
             await self._engine.close()
 
     def _serve_metrics(self) -> None:
@@ -212,7 +215,7 @@ class Agent:
     def _on_step(self, step: Step) -> None:
         self._last_sign_of_life = self._clock()
         self._num_tokens += sum(len(run.ids) for run in step.runs)
-        self._stats = step.stats | {"tokens": self._num_tokens}
+        self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
         self.metrics.engine(step.stats)
         self._jobs.on_step(step)
         self._news.set()
@@ -461,6 +464,8 @@ class Agent:
         """Sealed or superseded: others have the jobs. Whatever is still said about them here must not leave."""
         logger.warning("this worker was declared dead: dropping its jobs and beginning anew")
         self.metrics.fenced.inc()
+        self._num_fenced += 1
+        self._stats["fenced"] = self._num_fenced
         self._abort([job_id for job_id, _ in self._jobs.unended()])
         last_step = self._jobs.outbox.engine_step
         self._begin_incarnation()
@@ -550,9 +555,9 @@ class Agent:
                 await self._room_changed.wait()
                 continue
             jobs, taken = self._jobs, await self._take(room)
-            for job in taken:
+            for job in taken or []:
                 await self._begin(jobs, job)
-            if not taken:
+            if taken == []:
                 await self._store.wait_for_work(IDLE_WAIT_S)
 
     def _room(self) -> int:
@@ -560,20 +565,22 @@ class Agent:
             return 0
         return self._credit.room([held.lengths for held in self._jobs.running], int(self._stats.get("waiting", 0)))
 
-    async def _take(self, room: int) -> list[Taken]:
-        """One take; a lost reply is asked for again under the same number. What went wrong is told to `_converse`."""
+    async def _take(self, room: int) -> list[Taken] | None:
+        """One take; a lost reply is asked for again under the same number. None if it failed: the bell that led here
+        may have rung for a job that is still there.
+        """
         jobs = self._jobs
         try:
             taken = await self._store.take(room, self._request + 1, max_suspects=MAX_SUSPECTS)
         except StoreUnavailable:
             await asyncio.sleep(RETRY_S)
-            return []
+            return None
         except (Fenced, UnknownIncarnation):
             # the next step call meets the same refusal, and `_converse` deals with it
             await self._make_beat()
-            return []
+            return None
         if jobs is not self._jobs:
-            return []
+            return None
         self._request += 1
         self.metrics.taken.inc(len(taken))
         return taken
