@@ -161,6 +161,14 @@ local function is_alive(L, wid, inc)
   return not fence(L, wid, inc)
 end
 
+local function each_incarnation(L, visit)
+  for _, owner in ipairs(C('SMEMBERS', L .. ':ws')) do
+    local wid, inc = string.match(owner, '^([^.]+)%.(.+)$')
+    local f = C('HMGET', worker_key(L, wid), 'inc', 'sealed', 'hb', 'dr', 'info', 'stats')
+    visit(wid, inc, not refusal(inc, f[1], f[2]), f, C('SCARD', own_key(L, owner)))
+  end
+end
+
 -- telling
 
 local function tell(L, id, verb, state, n)

@@ -1,4 +1,4 @@
--- What gateways and operators read: records, states of many jobs, lists, heartbeats, workers, queues, dead letters.
+-- What gateways and operators read: records, states of many jobs, lists, workers, queues, dead letters.
 
 local SCAN_LIMIT = 5000
 local SCAN_PAGE = 100
@@ -49,24 +49,6 @@ local function list(K, A)
       break
     end
   end
-  return rows
-end
-
-local function each_incarnation(L, visit)
-  for _, owner in ipairs(C('SMEMBERS', L .. ':ws')) do
-    local wid, inc = string.match(owner, '^([^.]+)%.(.+)$')
-    local f = C('HMGET', worker_key(L, wid), 'inc', 'sealed', 'hb', 'dr', 'info', 'stats')
-    visit(wid, inc, not refusal(inc, f[1], f[2]), f, C('SCARD', own_key(L, owner)))
-  end
-end
-
-local function beats(K, A)
-  local R, L = reader(K, A)
-  done(R)
-  local rows = {}
-  each_incarnation(L, function(wid, inc, alive, f, owned)
-    rows[#rows + 1] = { wid, inc, alive and 1 or 0, alive and f[3] or 0, owned }
-  end)
   return rows
 end
 
@@ -121,7 +103,6 @@ end
 register('record', record, READS)
 register('states', states, READS)
 register('list', list, READS)
-register('beats', beats, READS)
 register('workers', workers, READS)
 register('queue', queue, READS)
 register('dead_letters', dead_letters, READS)

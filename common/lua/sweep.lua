@@ -1,6 +1,6 @@
 -- sweep: what only time brings: deadlines, abandoned jobs, gateways that are gone, indexes of expired records.
--- Does at most `limit` of each and tells how many of the most frequent kind it did, whether the lane has a card, and how
--- many unfinished jobs it has. Anybody may call it at any time.
+-- Does at most `limit` of each and tells how many of the most frequent kind it did, whether the lane has a card, how many
+-- unfinished jobs it has, and the heartbeats of all its incarnations. Anybody may call it at any time.
 
 local REMIND_MS = 5000 -- a running job past its deadline is reminded of it this often
 local GATEWAY_GONE_MS = 2000 -- a subscription may be away that long before its gateway counts as gone
@@ -83,14 +83,17 @@ local function sweep_rate(L, t)
   end
 end
 
-local function refresh_card(L)
-  for _, owner in ipairs(C('SMEMBERS', L .. ':ws')) do
-    if is_alive(L, string.match(owner, '^([^.]+)%.(.+)$')) then
-      C('EXPIRE', L .. ':model', CARD_TTL)
-      C('EXPIRE', L .. ':fp', CARD_TTL)
-      break
-    end
+local function beats(L)
+  local rows, is_served = {}, false
+  each_incarnation(L, function(wid, inc, alive, f, owned)
+    is_served = is_served or alive
+    rows[#rows + 1] = { wid, inc, alive and 1 or 0, alive and f[3] or 0, owned }
+  end)
+  if is_served then
+    C('EXPIRE', L .. ':model', CARD_TTL)
+    C('EXPIRE', L .. ':fp', CARD_TTL)
   end
+  return rows
 end
 
 local function sweep(K, A)
@@ -105,8 +108,8 @@ local function sweep(K, A)
     sweep_expired(L, t, limit)
   )
   sweep_rate(L, t)
-  refresh_card(L)
-  return { most, C('EXISTS', L .. ':model'), C('ZCARD', L .. ':dl') }
+  local rows = beats(L)
+  return { most, C('EXISTS', L .. ':model'), C('ZCARD', L .. ':dl'), rows }
 end
 
 register('sweep', sweep, WRITES)

@@ -37,7 +37,7 @@ Tail = tuple[int, int, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """One incarnation as `beats` reports it."""
+    """One incarnation as the sweep reports it."""
 
     worker_id: str
     incarnation: str
@@ -60,7 +60,9 @@ class Reaper:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.connection, self.lease_s, self.max_attempts = connection, lease_s, max_attempts
-        self._lanes, self._clock, self._sleep = lanes, clock, sleep
+        self._fixed_lanes, self._clock, self._sleep = lanes, clock, sleep
+        self._lanes: list[str] = []
+        self._lanes_until = 0.0
         self._seen: dict[tuple[str, str, str], tuple[int, float]] = {}
         self._last_round: float | None = None
         self._last_refresh: dict[str, float] = {}
@@ -100,19 +102,26 @@ class Reaper:
 
     def _forget(self) -> None:
         self._seen.clear()
+        self._lanes_until = 0.0
 
     async def _known_lanes(self) -> list[str]:
-        if self._lanes is not None:
-            return self._lanes
-        return sorted(string(lane) for lane in await self.connection.run("SMEMBERS", keys.LANES))
+        """Asked for once per lease: a lane that is new has nobody who could have been silent for that long."""
+        if self._fixed_lanes is not None:
+            return self._fixed_lanes
+        now = self._clock()
+        if self._lanes_until <= now:
+            self._lanes = sorted(string(lane) for lane in await self.connection.run("SMEMBERS", keys.LANES))
+            self._lanes_until = now + (self.lease_s if self._lanes else 0)
+        return self._lanes
 
     async def _look_at(self, lane: str) -> int:
         asked = self._clock()
-        beats = [_beat(row) for row in await self.connection.call("beats", lane)]
+        num_swept, has_card, num_unfinished, rows = await self.connection.call("sweep", lane, SWEEP_LIMIT)
         now = self._clock()
         if now - asked > self.lease_s / 4 or self.connection.generation != self._generation:
             self._generation = self.connection.generation
             self._forget()
+        beats = [_beat(row) for row in rows]
         num_recovered = 0
         for beat in beats:
             if not beat.is_alive or (self._is_late(lane, beat, now) and await self._seal(lane, beat)):
@@ -120,8 +129,16 @@ class Reaper:
                     self.connection, lane, beat.worker_id, beat.incarnation, max_attempts=self.max_attempts
                 )
         self._seen = {key: seen for key, seen in self._seen.items() if key[0] != lane or _is_listed(key, beats)}
-        await self._sweep(lane)
+        await self._sweep_on(lane, integer(num_swept))
+        await self._keep_or_forget_lane(lane, bool(has_card), integer(num_unfinished))
         return num_recovered
+
+    async def _sweep_on(self, lane: str, num_swept: int) -> None:
+        """Many deadlines may be due at once; no single call of the server does more than its share."""
+        for _ in range(MAX_SWEEPS):
+            if num_swept < SWEEP_LIMIT:
+                return
+            num_swept = integer((await self.connection.call("sweep", lane, SWEEP_LIMIT))[0])
 
     def _is_late(self, lane: str, beat: Beat, now: float) -> bool:
         key = (lane, beat.worker_id, beat.incarnation)
@@ -137,14 +154,10 @@ class Reaper:
             logger.warning("worker %s sealed: no heartbeat for %.1f s", beat.worker_id, self.lease_s)
         return bool(integer(reply))
 
-    async def _sweep(self, lane: str) -> None:
-        for _ in range(MAX_SWEEPS):
-            num_done, has_card, num_unfinished = map(integer, await self.connection.call("sweep", lane, SWEEP_LIMIT))
-            if num_done < SWEEP_LIMIT:
-                break
+    async def _keep_or_forget_lane(self, lane: str, has_card: bool, num_unfinished: int) -> None:
         if has_card:
             await self._refresh(lane)
-        elif not num_unfinished and self._lanes is None:
+        elif not num_unfinished and self._fixed_lanes is None:
             await self.connection.run("SREM", keys.LANES, lane)
 
     async def _refresh(self, lane: str) -> None:

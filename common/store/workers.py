@@ -124,7 +124,13 @@ class WorkerStore:
         """
         job = wire.decode_job(body)
         view = self._views.get(job_id) or wire.pack(job.view)
-        fields = (job.tenant, int(CLASSES[job.priority]), job.dialect.value, job.cost, round(job.timeout_s * 1000))
+        fields = (
+            job.tenant,
+            int(CLASSES[job.priority]),
+            job.dialect.value,
+            max(job.cost, 1),
+            round(job.timeout_s * 1000),
+        )
         grace = -1 if job.orphan_grace_s is None else round(job.orphan_grace_s * 1000)
         payload = wire.encode_columns(columns) if columns.ids else b""
         idempotency = (keys.digest_of(job.idempotency_key) if job.idempotency_key else "", job.body_hash or "-")

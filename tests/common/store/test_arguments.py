@@ -49,7 +49,6 @@ def good_calls(agent: FakeAgent, job_id: str, waiting: str) -> dict[str, list[An
         "record": [waiting],
         "states": [waiting],
         "list": ["default", "", 10, 0, ""],
-        "beats": [],
         "workers": [],
         "queue": [],
         "dead_letters": [10],
