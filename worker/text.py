@@ -100,7 +100,9 @@ class TextStage:
 
     def _advance(self, is_last: bool, finish: str, released: list[str], token_id: int) -> FinishReason | None:
         """Run one token through both stages; the reason to end with it, None to go on."""
-        pieces = self._detokenizer.push(token_id)
+        # an unfinished character before EOS belongs to the token before: EOS itself is hidden from readers
+        pieces = self._detokenizer.flush() if is_last and finish == FinishReason.EOS_TOKEN else []
+        pieces += self._detokenizer.push(token_id)
         if is_last:
             pieces += self._detokenizer.flush()
         for piece in pieces:

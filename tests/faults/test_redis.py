@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.store.reaper import tails_of
-from tests.faults.fake_fleet import WorkerFleet, following, workers_ready
+from tests.support.fake_fleet import WorkerFleet, following, workers_ready
 from tests.support.fleet import process_state
 from tests.support.protocol import eventually
 from tests.support.proxy import Proxy

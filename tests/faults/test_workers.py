@@ -12,7 +12,7 @@ import pytest
 
 from common.job import JobState
 from common.store.connection import Connection
-from tests.faults.fake_fleet import (
+from tests.support.fake_fleet import (
     LEASE_S,
     VOCABULARY,
     Follower,
@@ -131,8 +131,8 @@ async def test_engine_that_is_killed_costs_no_incarnation(fleet: WorkerFleet, fo
 async def test_poison_job_ends_as_dead_letter_and_its_neighbours_live(fleet: WorkerFleet, follower: Follower) -> None:
     neighbours = [await follower.submit(seed, NUM_TOKENS, prompt="!slow@20") for seed in (10, 11, 12)]
     await follower.reach(neighbours[0], 3)
-    poison = await follower.submit(13, NUM_TOKENS, prompt="!exit@2")
     deaths = [worker.metric("inferfleet_worker_engine_deaths_total") for worker in fleet.workers.values()]
+    poison = await follower.submit(13, NUM_TOKENS, prompt="!exit@2")
     record = await follower.end(poison)
     assert (record.state, record.error_code) == (JobState.FAILED, "poison")
     assert sum(w.metric("inferfleet_worker_engine_deaths_total") for w in fleet.workers.values()) >= sum(deaths) + 3

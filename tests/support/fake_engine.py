@@ -135,7 +135,8 @@ class FakeEngine:
         self._vocabulary, self._max_num_seqs, self._clock = vocabulary, max_num_seqs, clock
         self._requests: dict[str, Running] = {}
         self._uncommitted: dict[int, float] = {}
-        self.num_steps = self.num_tokens = self.batch_max = self.num_pauses = 0
+        self.num_steps = self.num_tokens = self.batch_max = 0
+        self._last_step = clock()
 
     def handle(self, message: Message) -> bool:
         """Apply a message of the agent; False when told to stop."""
@@ -168,7 +169,8 @@ class FakeEngine:
         return list(self._requests.values())[: self._max_num_seqs]
 
     def step(self) -> Step:
-        batch = self._batch()
+        batch, now = self._batch(), self._clock()
+        self.step_ms, self._last_step = 1000 * (now - self._last_step), now
         self.num_steps += 1
         self.batch_max = max(self.batch_max, len(batch))
         runs = [self._advance(running) for running in batch]
@@ -215,7 +217,7 @@ class FakeEngine:
             "waiting": max(0, len(self._requests) - self._max_num_seqs),
             "blocks_free": max(0, 4096 - used),
             "blocks_total": 4096,
-            "step_ms": 5.0,
+            "step_ms": self.step_ms,
         }
 
 
@@ -292,11 +294,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--settings", required=True)
     parser.add_argument("--step-ms", type=float, default=5.0)
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--load-s", type=float, default=0.0, help="seconds between the first progress and the next")
     parser.add_argument("--fail", default="", help="say Failed with this sentence instead of Ready")
     options = parser.parse_args(arguments)
     settings = json.loads(options.settings)
     pipe = Pipe(options.fd)
     pipe.send(Progress("weights", 1, 2))
+    time.sleep(options.load_s)
     if options.fail:
         pipe.send(Failed(options.fail))
         return 1

@@ -150,7 +150,9 @@ class Follower:
         tokens = self.heard.get(job_id, {})
         return next(offset for offset in range(len(tokens) + 1) if offset not in tokens)
 
-    async def submit(self, seed: int, num_tokens: int, prompt: str = "Tell me.", **fields: Any) -> Job:
+    async def submit(
+        self, seed: int, num_tokens: int, prompt: str = "Tell me.", *, gateway: str = GATEWAY, **fields: Any
+    ) -> Job:
         params = fields.pop("params", None) or SamplingParams(max_new_tokens=num_tokens, seed=seed)
         job = Job(
             job_id=new_job_id(self.lane),
@@ -161,7 +163,7 @@ class Follower:
             cost=num_tokens,
             **fields,
         )
-        await self.jobs.submit(job, gateway=GATEWAY, max_queued_tokens=10**7, tenant_max_jobs=10**4)
+        await self.jobs.submit(job, gateway=gateway, max_queued_tokens=10**7, tenant_max_jobs=10**4)
         return job
 
     async def reach(self, job: Job, position: int) -> int:
