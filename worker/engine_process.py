@@ -95,8 +95,8 @@ def _receive(stream: BinaryIO, inbox: Inbox) -> None:
     try:
         while (message := read_message(stream)) is not None:
             inbox.put(message)
-    except (OSError, WireError):
-        logger.exception("the connection to the agent broke")
+    except (OSError, WireError) as error:
+        logger.warning("the agent is gone: %s", error)
     inbox.put(None)
     time.sleep(GRACE_AFTER_END_S)
     os._exit(1)
