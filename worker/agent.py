@@ -49,6 +49,7 @@ RECONCILE_S = 10.0
 SHORT_STEP_MS = 15.0
 MERGE_S = 0.03
 IDLE_WAIT_S = 2.0
+SUSPECT_WAIT_S = 0.2
 RETRY_S = 0.1
 REPORT_S = 1.0
 MAX_SUSPECTS = 1
@@ -238,8 +239,26 @@ class Agent:
         if self._is_serving.is_set():
             self._room_changed.set()
             return
+        logger.info(
+            "room for %d KV tokens, %d requests in a batch; max_input_tokens %d, max_total_tokens %d, "
+            "max_batch_prefill_tokens %d, dtype %s",
+            ready.kv_tokens,
+            ready.max_num_seqs,
+            ready.max_input_tokens,
+            ready.max_total_tokens,
+            ready.max_batch_prefill_tokens,
+            ready.dtype,
+        )
         for reason in ready.reasons:
             logger.info("%s", reason)
+        logger.info(
+            "%s: %d tokens of KV cache, batches of up to %d requests, up to %d tokens each (prompts up to %d)",
+            card.served_name,
+            ready.kv_tokens,
+            ready.max_num_seqs,
+            ready.max_total_tokens,
+            ready.max_input_tokens,
+        )
         self._credit = Credit(min(ready.max_num_seqs, self._settings.max_num_seqs), ready.kv_tokens)
         self._store = WorkerStore(self._connection, card.lane, self.worker_id, "")
         self._begin_incarnation()
@@ -557,8 +576,13 @@ class Agent:
             jobs, taken = self._jobs, await self._take(room)
             for job in taken or []:
                 await self._begin(jobs, job)
-            if taken == []:
-                await self._store.wait_for_work(IDLE_WAIT_S)
+            if taken is not None and len(taken) < room:
+                await self._store.wait_for_work(self._idle_wait_s)
+
+    @property
+    def _idle_wait_s(self) -> float:
+        """The bell is enough, but for suspects that wait until the one we hold has ended."""
+        return SUSPECT_WAIT_S if any(held.is_suspect for held in self._jobs.running) else IDLE_WAIT_S
 
     def _room(self) -> int:
         if self._engine is None or self._is_engine_lost or self._is_draining or self._identity is not Identity.KNOWN:

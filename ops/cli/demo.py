@@ -74,7 +74,8 @@ def _wait_for_workers(client: httpx.Client, process: subprocess.Popen[bytes], nu
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            if sum(worker["state"] == "ready" for worker in workers(client)) == num_workers:
+            num_ready = sum(worker["state"] == "ready" for worker in workers(client))
+            if num_ready == num_workers and client.get("/health").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
