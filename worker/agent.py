@@ -239,16 +239,6 @@ class Agent:
         if self._is_serving.is_set():
             self._room_changed.set()
             return
-        logger.info(
-            "room for %d KV tokens, %d requests in a batch; max_input_tokens %d, max_total_tokens %d, "
-            "max_batch_prefill_tokens %d, dtype %s",
-            ready.kv_tokens,
-            ready.max_num_seqs,
-            ready.max_input_tokens,
-            ready.max_total_tokens,
-            ready.max_batch_prefill_tokens,
-            ready.dtype,
-        )
         for reason in ready.reasons:
             logger.info("%s", reason)
         logger.info(

@@ -82,10 +82,11 @@ def status(url: str) -> int:
 
 
 def test_the_start_says_what_fits(served: Served) -> None:
+    wait_for(lambda: f"http://localhost:{served.port}" in served.log.read_text(), "the banner")
     text = served.log.read_text()
-    assert re.search(r"16,?384", text), "no KV tokens in the log"
-    assert "max_total_tokens" in text
-    assert f"http://localhost:{served.port}" in text
+    assert re.search(r"16384 tokens of KV cache, batches of up to \d+ requests, up to 4096 tokens each", text)
+    assert "open it in a browser" in text
+    assert f"curl http://localhost:{served.port}/generate" in text
 
 
 def test_disconnect_cancels(tmp_path: Path) -> None:
