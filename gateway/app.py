@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -46,7 +48,14 @@ from gateway.metrics import Metrics
 from gateway.models import ModelRegistry
 from gateway.routes import fleet, health, jobs, openai, tgi, websocket
 
-EXPOSED_HEADERS = ["x-job-id", "x-request-id", "retry-after", "location", "idempotent-replayed"]
+EXPOSED_HEADERS = [
+    "x-job-id",
+    "x-request-id",
+    "x-inferfleet-gateway",
+    "retry-after",
+    "location",
+    "idempotent-replayed",
+]
 CLIENT_CLOSED = 499
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STORE_RETRY_S = 2.0
@@ -106,7 +115,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _services(settings: GatewaySettings, connection: Connection, metrics: Metrics) -> Services:
     store, fleet_store = JobStore(connection), FleetStore(connection)
     registry = ModelRegistry(fleet_store)
-    gateway_id = settings.gateway_id or secrets.token_hex(6)
+    gateway_id = settings.gateway_id or _own_name()
     return Services(
         settings=settings,
         gateway_id=gateway_id,
@@ -119,6 +128,12 @@ def _services(settings: GatewaySettings, connection: Connection, metrics: Metric
         keys=KeyRing(fleet_store, settings.api_key),
         metrics=metrics,
     )
+
+
+def _own_name() -> str:
+    """The host's name, so that an operator finds the process, and enough chance for several on one host."""
+    host = re.sub("[^A-Za-z0-9_-]", "-", socket.gethostname())[:40]
+    return f"{host}-{secrets.token_hex(4)}"
 
 
 @contextmanager

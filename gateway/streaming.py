@@ -89,7 +89,9 @@ async def sse_response(
     stream = EventStream(
         follower, renderer, stack, access_entry(request), services.settings.keep_alive, is_new=not start
     )
-    stream.headers.update({"x-job-id": public_id(job_id), **(headers or {})})
+    stream.headers["x-job-id"] = public_id(job_id)
+    stream.headers["x-inferfleet-gateway"] = services.gateway_id
+    stream.headers.update(headers or {})
     return stream
 
 
