@@ -71,10 +71,6 @@ def virtual_floor(lane: str, dispatch_class: int) -> str:
     return f"{tag(lane)}:vf:{dispatch_class}"
 
 
-def virtual_debt(lane: str, dispatch_class: int) -> str:
-    return f"{tag(lane)}:vl:{dispatch_class}"
-
-
 def tenant_live(lane: str, tenant: str) -> str:
     return f"{tag(lane)}:tj:{tenant}"
 

@@ -200,23 +200,22 @@ end
 -- queues
 
 -- Start-time fair queueing: the tenant with the smallest virtual time goes first and pays its job's tokens. One whose
--- backlog ran empty keeps its debt until the others have caught up, or until nobody waits any more.
+-- backlog ran empty keeps its place, and so its debt, until the others have caught up with it.
 local function feed(L, class)
-  local q, vt, vl, vf = L .. ':q:' .. class, L .. ':vt:' .. class, L .. ':vl:' .. class, L .. ':vf:' .. class
+  local q, vt, vf = L .. ':q:' .. class, L .. ':vt:' .. class, L .. ':vf:' .. class
   for _ = 1, FEED_LIMIT do
     if C('XLEN', q) >= QUEUE_WIDTH then
       return
     end
     local first = C('ZRANGE', vt, 0, 0, 'WITHSCORES')
     if #first == 0 then
-      C('DEL', vl, vf)
+      C('DEL', vf)
       return
     end
     local tenant, time = first[1], tonumber(first[2])
     local id = C('LPOP', L .. ':bk:' .. class .. ':' .. tenant)
     if not id then
       C('ZREM', vt, tenant)
-      C('HSET', vl, tenant, time)
     else
       local f = C('HMGET', job_key(L, id), 'st', 'cost')
       if f[1] == 'queued' then
@@ -232,10 +231,7 @@ local function enqueue(L, id, class, tenant)
   local vt = L .. ':vt:' .. class
   C('RPUSH', L .. ':bk:' .. class .. ':' .. tenant, id)
   if not C('ZSCORE', vt, tenant) then
-    local floor = tonumber(C('GET', L .. ':vf:' .. class) or 0)
-    local debt = tonumber(C('HGET', L .. ':vl:' .. class, tenant) or 0)
-    C('ZADD', vt, math.max(floor, debt), tenant)
-    C('HDEL', L .. ':vl:' .. class, tenant)
+    C('ZADD', vt, C('GET', L .. ':vf:' .. class) or 0, tenant)
   end
   feed(L, class)
   ring(L)

@@ -64,5 +64,5 @@ async def test_nothing_of_the_accounts_is_left_when_nobody_waits(
     await submit_all(jobs, ["a", "b", "a"], {})
     await drain(agent)
     with redis_server.client() as client:  # type: ignore[attr-defined]
-        left = [key for key in client.keys() if key.split(b":")[1] in (b"bk", b"vt", b"vl", b"vf", b"qtok")]
+        left = [key for key in client.keys() if key.split(b":")[1] in (b"bk", b"vt", b"vf", b"qtok")]
     assert left == []
