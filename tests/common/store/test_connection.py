@@ -307,6 +307,26 @@ async def test_a_broken_connection_to_the_same_server_changes_nothing(
     assert connection.generation == 0
 
 
+@pytest.mark.parametrize("version", [2, 3])
+async def test_replies_are_read_in_both_versions_of_redis_protocol(redis_url: str, version: int) -> None:
+    connection = await Connection.open(f"{redis_url}?protocol={version}")
+    jobs, fleet, job = JobStore(connection), FleetStore(connection), make_job()
+    async with jobs.frames("g1", [LANE]) as subscription:
+        agent = await FakeAgent(connection).start()
+        await submit(jobs, job, gateway="g1")
+        await agent.take()
+        await agent.step({job.job_id: 3}, gateways=["g1"])
+        await agent.store.bye()
+        assert await jobs.log(job.job_id) == columns(0, 3)
+        heard = [type(await anext(subscription)).__name__ for _ in range(3)]
+        assert heard == ["StatusChanged", "Frame", "StatusChanged"]
+    await fleet.create_key("default")
+    assert len(await fleet.keys()) == 1
+    assert (await fleet.queue(LANE))["queued"] == 1
+    assert connection.run_id
+    await connection.close()
+
+
 def test_errors_get_their_meaning() -> None:
     def meaning(text: str) -> StoreError:
         return meaning_of(redis.ResponseError(text))
