@@ -26,7 +26,6 @@ from common.errors import (
     StoreError,
     StoreUnavailable,
     UnknownIncarnation,
-    WireError,
 )
 from common.job import TokenColumns
 from common.settings import WorkerSettings
@@ -39,10 +38,11 @@ from common.store.workers import WorkerStore
 from common.text.tokenizer import TextTokenizer
 from worker.announce import ModelFiles, find_model, make_card, read_model, served_name
 from worker.credit import Credit
-from worker.engine_client import REAL_ENGINE, EngineProcess, settings_json, thread_environment
+from worker.engine_client import REAL_ENGINE, settings_json, thread_environment
+from worker.engine_keeper import EngineKeeper
 from worker.held import CANCEL_REASONS, Held, HeldJobs
 from worker.metrics import WorkerMetrics
-from worker.pipe import Abort, Commit, Failed, Message, Progress, Ready, Step, Stop, Submit
+from worker.pipe import Abort, Message, Progress, Ready, Step, Submit
 
 BEATS_PER_LEASE = 5
 RECONCILE_S = 10.0
@@ -52,9 +52,8 @@ IDLE_WAIT_S = 2.0
 SUSPECT_WAIT_S = 0.2
 RETRY_S = 0.1
 REPORT_S = 1.0
+STATS_S = 0.5
 MAX_SUSPECTS = 1
-FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.2, 30.0
-MAX_DEATHS_WHILE_LOADING = 3
 NUM_NONCE_BYTES = 8
 LOG_PROGRESS_S = 5.0
 
@@ -80,16 +79,14 @@ class Agent:
         command: Sequence[str] = REAL_ENGINE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._connection, self._command, self._clock = settings, connection, command, clock
+        self._settings, self._connection, self._clock = settings, connection, clock
         self.worker_id = settings.worker_id or f"w-{secrets.token_hex(4)}"
         self.metrics = WorkerMetrics()
         self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
         self._started_ms = round(time.time() * 1000)
-        self._engine: EngineProcess | None = None
-        self._ready: Ready | None = None
+        self._engine = EngineKeeper(command, thread_environment(settings.threads), clock, self)
         self._stats: dict[str, float] = {}
         self._num_fenced = 0
-        self._progress, self._phase_began = Progress("starting", 0, 0), clock()
         self._model_name = settings.model_id
         self._drain_until: float | None = None
         self._is_drain_told = False
@@ -98,8 +95,7 @@ class Agent:
         self._num_tokens = 0
         self._request = 0
         self._identity = Identity.NEW
-        self._last_call = self._last_reconcile = self._last_sign_of_life = 0.0
-        self._last_commit = 0
+        self._last_call = self._last_reconcile = self._last_stats = 0.0
         self._starting: set[str] = set()
         self._is_serving, self._is_over = asyncio.Event(), asyncio.Event()
         self._news, self._room_changed = asyncio.Event(), asyncio.Event()
@@ -120,9 +116,10 @@ class Agent:
         self._files: ModelFiles = await asyncio.to_thread(read_model, folder, self._settings)
         self._model_name = served_name(self._files, self._settings)
         self._tokenizer = TextTokenizer(self._files.tokenizer_json)
+        engine = self._engine.run(settings_json(self._settings, str(folder)))
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (self._run_engine(), self._report_loading(), self._converse(), self._pull(), self._watch())
+                loops = (engine, self._report_loading(), self._converse(), self._pull(), self._watch())
                 tasks = [group.create_task(loop) for loop in loops]
                 await self._is_over.wait()
                 for task in tasks:
@@ -134,11 +131,7 @@ class Agent:
     async def _close(self) -> None:
         if self._is_serving.is_set():
             await self._store.close()
-        if self._engine is not None:
-            self._engine.send(Stop())
-            if not self._is_serving.is_set():
-                self._engine.kill()
-            await self._engine.close()
+        await self._engine.close()
 
     def _serve_metrics(self) -> None:
         try:
@@ -170,51 +163,34 @@ class Agent:
 
     # --- engine -----------------------------------------------------------------------------------------------------
 
-    async def _run_engine(self) -> None:
-        """Start the engine, listen to it, and start another one when it dies, later each time."""
-        back_off_s, num_deaths = FIRST_BACK_OFF_S, 0
-        environment = thread_environment(self._settings.threads)
-        settings = settings_json(self._settings, str(self._files.folder))
-        while True:
-            engine = await EngineProcess.start(self._command, settings, environment)
-            started = self._clock()
-            try:
-                failure = await self._listen(engine)
-            except asyncio.CancelledError:
-                self._engine = self._engine or engine
-                raise
-            was_ready, self._engine = self._engine is not None, None
-            status = await engine.close()
-            num_deaths = 0 if was_ready else num_deaths + 1
-            self._on_engine_death(was_ready, status, failure, num_deaths)
-            if self._clock() - started > LONGEST_BACK_OFF_S:
-                back_off_s = FIRST_BACK_OFF_S
-            await asyncio.sleep(back_off_s)
-            back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
+    def on_ready(self, ready: Ready) -> None:
+        """The engine has loaded: the lane is known now, and jobs may come."""
+        card = make_card(self._files, ready, self._settings)
+        if self._is_serving.is_set():
+            if card.lane != self._card.lane:
+                raise ConfigurationError("the model's files changed while it was served; start the worker again")
+            self._room_changed.set()
+            return
+        self._card: ModelCard = card
+        self._log_limits(ready)
+        self._credit = Credit(min(ready.max_num_seqs, self._settings.max_num_seqs), ready.kv_tokens)
+        self._store = WorkerStore(self._connection, card.lane, self.worker_id, "")
+        self._begin_incarnation()
+        self._is_serving.set()
 
-    async def _listen(self, engine: EngineProcess) -> str:
-        """Take messages until the pipe ends; the engine's own words on why it cannot go on, "" if it said none."""
-        failure = ""
-        try:
-            while (message := await engine.receive()) is not None:
-                if isinstance(message, Failed):
-                    failure = message.message
-                await self._on_message(engine, message)
-        except WireError as error:
-            failure = str(error)
-            engine.kill()
-        return failure
+    def _log_limits(self, ready: Ready) -> None:
+        for reason in ready.reasons:
+            logger.info("%s", reason)
+        logger.info(
+            "%s: %d tokens of KV cache, batches of up to %d requests, up to %d tokens each (prompts up to %d)",
+            self._card.served_name,
+            ready.kv_tokens,
+            ready.max_num_seqs,
+            ready.max_total_tokens,
+            ready.max_input_tokens,
+        )
 
-    async def _on_message(self, engine: EngineProcess, message: Message) -> None:
-        if isinstance(message, Step):
-            self._on_step(message)
-        elif isinstance(message, Progress):
-            self._on_progress(message)
-        elif isinstance(message, Ready):
-            await self._on_ready(engine, message)
-
-    def _on_step(self, step: Step) -> None:
-        self._last_sign_of_life = self._clock()
+    def on_step(self, step: Step) -> None:
         self._num_tokens += sum(len(run.ids) for run in step.runs)
         self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
         self.metrics.engine(step.stats)
@@ -222,61 +198,21 @@ class Agent:
         self._news.set()
         self._room_changed.set()
 
-    def _on_progress(self, progress: Progress) -> None:
-        if progress.phase != self._progress.phase:
-            logger.info("loading: %s", progress.phase)
-            self._phase_began = self._clock()
-        self._progress = progress
-
-    async def _on_ready(self, engine: EngineProcess, ready: Ready) -> None:
-        card = make_card(self._files, ready, self._settings)
-        if self._ready is not None and card.lane != self._card.lane:
-            raise ConfigurationError("the model's files changed while it was served; start the worker again")
-        self._card: ModelCard = card
-        self._ready = ready
-        self._engine = engine
-        self._last_sign_of_life = self._clock()
-        if self._is_serving.is_set():
-            self._room_changed.set()
-            return
-        for reason in ready.reasons:
-            logger.info("%s", reason)
-        logger.info(
-            "%s: %d tokens of KV cache, batches of up to %d requests, up to %d tokens each (prompts up to %d)",
-            card.served_name,
-            ready.kv_tokens,
-            ready.max_num_seqs,
-            ready.max_total_tokens,
-            ready.max_input_tokens,
-        )
-        self._credit = Credit(min(ready.max_num_seqs, self._settings.max_num_seqs), ready.kv_tokens)
-        self._store = WorkerStore(self._connection, card.lane, self.worker_id, "")
-        self._begin_incarnation()
-        self._is_serving.set()
-
-    def _on_engine_death(self, was_ready: bool, status: int, failure: str, num_deaths: int) -> None:
-        how = failure or (f"it was killed by signal {-status}" if status < 0 else f"it ended with status {status}")
-        if failure and not self._is_serving.is_set():
-            raise ConfigurationError(failure)
-        if num_deaths >= MAX_DEATHS_WHILE_LOADING:
-            raise ConfigurationError(
-                f"the engine died {num_deaths} times while loading: {how}; is there enough memory?"
-            )
+    def on_engine_lost(self) -> None:
         self.metrics.engine_deaths.inc()
-        logger.error("engine lost, starting it again: %s", how, extra={"worker": self.worker_id})
-        self._is_engine_lost = was_ready
+        self._is_engine_lost = self._is_serving.is_set()
+        self._stats["waiting"] = 0
         self._news.set()
 
     def _send(self, message: Message) -> None:
         """To the engine; a job that comes while there is none goes back to the queue."""
         if isinstance(message, Submit):
-            if self._engine is None:
+            if not self._engine.is_ready:
                 self._to_release[(message.request_id, message.epoch)] = False
                 self._news.set()
             if len(self._jobs.running) <= 1:
-                self._last_sign_of_life = self._clock()
-        if self._engine is not None:
-            self._engine.send(message)
+                self._engine.rest()
+        self._engine.send(message)
 
     async def _report_loading(self) -> None:
         """Be visible to gateways and people until hello."""
@@ -284,21 +220,13 @@ class Agent:
         while not self._is_serving.is_set():
             if self._clock() - last_log > LOG_PROGRESS_S:
                 last_log = self._clock()
-                self._log_progress(self._progress)
+                self._engine.log_progress()
             with suppress(StoreError):
-                await self._fleet.report(self._info(self._progress))
+                await self._fleet.report(self._info(self._engine.progress))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_serving.wait(), REPORT_S)
         with suppress(StoreError):
             await self._fleet.unreport(self.worker_id)
-
-    def _log_progress(self, progress: Progress) -> None:
-        if not 0 < progress.done <= progress.total:
-            return
-        passed = self._clock() - self._phase_began
-        left = passed * (progress.total - progress.done) / progress.done
-        sizes = progress.done / 1e6, progress.total / 1e6
-        logger.info("loading: %s, %.0f of %.0f MB, about %.0f s left", progress.phase, *sizes, left)
 
     def _info(self, progress: Progress) -> WorkerInfo:
         return WorkerInfo(
@@ -393,7 +321,7 @@ class Agent:
             self._lose_engine()
         if self._jobs.outbox.has_news or self._until_beat() == 0.0:
             await self._step()
-        self._commit()
+        self._engine.commit(self._jobs.outbox.settled_step)
         if self._to_release:
             await self._release()
         if self._clock() - self._last_reconcile >= RECONCILE_S:
@@ -453,21 +381,15 @@ class Agent:
     async def _step(self) -> None:
         """One step call; the same one again if the last was not answered."""
         jobs, started = self._jobs, self._clock()
+        is_due = started - self._last_stats >= STATS_S
+        self._last_stats = started if is_due else self._last_stats
         self._last_call = started
-        reply = await self._store.step(jobs.outbox.next_call(self._stats))
+        reply = await self._store.step(jobs.outbox.next_call(self._stats if is_due else {}))
         self.metrics.call_seconds.observe(self._clock() - started)
         jobs.answered(reply)
         if any(control.verb == "drain" for control in reply.controls) and not self._is_draining:
             self.drain()
         self._room_changed.set()
-
-    def _commit(self) -> None:
-        """Tell the engine how far its steps are on Redis; it pauses when that is too far behind."""
-        settled = self._jobs.outbox.settled_step
-        if self._engine is not None and settled != self._last_commit:
-            self._last_commit = settled
-            self._last_sign_of_life = self._clock()
-            self._engine.send(Commit(settled))
 
     def _on_fenced(self) -> None:
         """Sealed or superseded: others have the jobs. Whatever is still said about them here must not leave."""
@@ -479,7 +401,7 @@ class Agent:
         last_step = self._jobs.outbox.engine_step
         self._begin_incarnation()
         self._jobs.outbox.engine_step = last_step
-        self._commit()
+        self._engine.commit(self._jobs.outbox.settled_step)
 
     def _abort(self, job_ids: list[str]) -> None:
         if job_ids:
@@ -523,7 +445,6 @@ class Agent:
         self._is_engine_lost = False
         self._to_release |= dict.fromkeys(self._jobs.unended(), True)
         self._jobs.outbox.begin_engine()
-        self._last_commit = 0
 
     async def _advance_drain(self) -> None:
         """Say that we drain; when the time is over, let go of what still runs."""
@@ -575,7 +496,8 @@ class Agent:
         return SUSPECT_WAIT_S if any(held.is_suspect for held in self._jobs.running) else IDLE_WAIT_S
 
     def _room(self) -> int:
-        if self._engine is None or self._is_engine_lost or self._is_draining or self._identity is not Identity.KNOWN:
+        is_able = self._engine.is_ready and not self._is_engine_lost
+        if not is_able or self._is_draining or self._identity is not Identity.KNOWN:
             return 0
         return self._credit.room([held.lengths for held in self._jobs.running], int(self._stats.get("waiting", 0)))
 
@@ -632,20 +554,14 @@ class Agent:
         try:
             while True:
                 await asyncio.sleep(min(0.5, settings.lease / BEATS_PER_LEASE))
-                self._check_engine()
+                if self._jobs.running:
+                    self._engine.check(self._jobs.outbox.engine_step)
+                else:
+                    self._engine.rest()
                 self._check_followers()
                 self.metrics.held.set(len(self._jobs.running))
         finally:
             reaping.cancel()
-
-    def _check_engine(self) -> None:
-        """A step that does not end is a hung engine, unless it only waits for its steps to be on Redis."""
-        is_waiting_for_us = self._last_commit != self._jobs.outbox.engine_step
-        if self._engine is None or self._ready is None or not self._jobs.running or is_waiting_for_us:
-            self._last_sign_of_life = self._clock()
-        elif self._clock() - self._last_sign_of_life > self._ready.step_limit_s:
-            logger.error("no step for %.0f s: killing the engine", self._ready.step_limit_s)
-            self._engine.kill()
 
     def _check_followers(self) -> None:
         for job_id in self._jobs.unfollowed():
