@@ -3,7 +3,7 @@
 .PHONY: up test lint bench soak clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check -q
 export PYTHONUNBUFFERED := 1
 
 up: .venv/stamp-serve
@@ -47,7 +47,7 @@ clean:
 .venv/stamp-clients: Makefile | .venv/bin/python
 	for client in openai==3.52.0 huggingface_hub==2.4.0 text-generation==0.7.0; do \
 		folder=.venv/clients/$${client%%==*}; \
-		$(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install -q --upgrade pip && \
+		$(PYTHON) -m venv $$folder && $$folder/bin/python -m pip --disable-pip-version-check install -q --upgrade pip && \
 		$$folder/bin/python -m pip --disable-pip-version-check -q install $$client || exit 1; \
 	done
 	touch $@
