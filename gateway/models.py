@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.background import end
 from common.card import ModelCard
 from common.errors import ConfigurationError, NotFound, StoreError, TemplateError, Unavailable, WireError
 from common.text.template import ChatTemplate
@@ -50,6 +51,7 @@ class ModelRegistry:
         self._fleet, self._refresh_s = fleet, refresh_s
         self._models: dict[str, ServedModel] = {}
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def start(self) -> None:
         """Read the cards once, then keep reading them in the background."""
@@ -57,9 +59,9 @@ class ModelRegistry:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def refresh(self) -> None:
         """Take over what Redis says now. Tokenizers are loaded in a thread, each digest once.
@@ -75,7 +77,7 @@ class ModelRegistry:
         self._models = {lane: model for lane, model in self._models.items() if lane in cards}
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_closed:
             await asyncio.sleep(self._refresh_s)
             await self._try_refresh()
 
