@@ -867,5 +867,6 @@ class Hub:
 
 
 def unknown_job(job_id: str) -> NotFound:
-    """The same text for unknown, erased and other tenants' jobs."""
-    return NotFound(f"no job {job_id[:80]!r}", code="job_not_found")
+    """The same text for unknown, erased and other tenants' jobs, whichever form of its id the client knows."""
+    shown = f"job_{job_id}" if JOB_ID.fullmatch(job_id) else job_id[:80]
+    return NotFound(f"no job {shown!r}", code="job_not_found")

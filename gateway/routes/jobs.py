@@ -176,7 +176,7 @@ async def cancel(job_id: str, services: UsedServices, tenant: Tenant) -> Respons
     await own_record(services, found, tenant)
     record = await services.jobs.cancel(found)
     if record is None:
-        raise unknown_job(job_id)
+        raise unknown_job(found)
     services.hub.note(record)
     return _json(await job_body(services, record))
 
@@ -184,8 +184,9 @@ async def cancel(job_id: str, services: UsedServices, tenant: Tenant) -> Respons
 @router.delete("/v1/jobs/{job_id}")
 async def erase(job_id: str, services: UsedServices, tenant: Tenant) -> Response:
     """Cancel the job if it still runs, and forget everything of it."""
-    if not await services.jobs.erase(bare_id(job_id), tenant):
-        raise unknown_job(job_id)
+    found = bare_id(job_id)
+    if not await services.jobs.erase(found, tenant):
+        raise unknown_job(found)
     return Response(status_code=204)
 
 

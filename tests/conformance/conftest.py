@@ -42,6 +42,25 @@ class Served:
         return base | {"INFERFLEET_URL": self.url, "PYTHONWARNINGS": "default"}
 
 
+def family(root: int) -> dict[int, str]:
+    """A process and all its descendants: pid and start time, which together nobody else ever has."""
+    parents, starts = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        pid = int(stat.parent.name)
+        parents[pid], starts[pid] = int(fields[1]), fields[19]
+
+    def is_ours(pid: int) -> bool:
+        while pid != root and pid in parents:
+            pid = parents[pid]
+        return pid == root
+
+    return {pid: start for pid, start in starts.items() if is_ours(pid)}
+
+
 def is_healthy(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health").status_code == httpx.codes.OK
@@ -76,3 +95,15 @@ def up(folder: Path, *options: str, wait: bool = True, **environment: str) -> It
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with up(tmp_path_factory.mktemp("up"), "--dtype", "float32", "--lease", "3") as running:
         yield running
+
+
+@pytest.fixture
+def unharmed(served: Served) -> Iterator[None]:
+    """After the test a good request succeeds and every process of the fleet is still the same one."""
+    before = family(served.process.pid)
+    assert len(before) >= 4, "launcher, gateway, agent, engine"
+    yield
+    with served.client() as client:
+        answer = client.post("/generate", json={"inputs": "Count to 10", "parameters": {"max_new_tokens": 1}})
+    assert (answer.status_code, list(answer.json())) == (200, ["generated_text"])
+    assert family(served.process.pid) == before
