@@ -22,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
+from common.background import end
 from common.errors import (
     BadRequest,
     ConfigurationError,
@@ -105,8 +106,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         with _on_stop_signal(services.hub.stop_followers):
             yield
     finally:
-        reaping.cancel()
-        await asyncio.gather(reaping, return_exceptions=True)
+        await end(reaping)
         await services.hub.close()
         await services.registry.close()
         await connection.close()
@@ -122,7 +122,7 @@ def _services(settings: GatewaySettings, connection: Connection, metrics: Metric
         connection=connection,
         jobs=store,
         fleet=fleet_store,
-        hub=Hub(store, gateway_id),
+        hub=Hub(store, gateway_id, lanes=lambda: registry.models),
         registry=registry,
         admission=Admission(settings, store, registry),
         keys=KeyRing(fleet_store, settings.api_key),

@@ -13,11 +13,12 @@ import logging
 import time
 from array import array
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from common.background import end
 from common.errors import NotFound, OffsetBeyondEnd, StoreError, WireError
 from common.job import Job, JobRecord, JobState, TokenColumns
 from common.keys import JOB_ID, lane_of_job
@@ -271,9 +272,10 @@ class SharedJob:
         self.base = self.cursor = self.known_end = record.num_tokens
         self.ring = Ring(record.num_tokens)
         self.record = record
-        self.note(record)
         if record.state.is_terminal:
-            self.final = record
+            self.finish(record)
+        else:
+            self.note(record)
 
     def note(self, record: JobRecord) -> None:
         """Take over what a newer record says of the job's state."""
@@ -509,17 +511,21 @@ class Follower:
 
 
 class Hub:
-    """All followed jobs of one gateway. `clock` gives monotonic seconds, `sleep` waits; tests pass their own."""
+    """All followed jobs of one gateway. `lanes` are listened to before anybody follows a job there.
+
+    `clock` gives monotonic seconds, `sleep` waits; tests pass their own.
+    """
 
     def __init__(
         self,
         jobs: FollowedJobs,
         gateway_id: str,
         *,
+        lanes: Callable[[], Iterable[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.jobs, self.gateway_id, self.clock = jobs, gateway_id, clock
+        self.jobs, self.gateway_id, self.clock, self._known_lanes = jobs, gateway_id, clock, lanes
         self.counters = HubCounters()
         self.is_stopping = False
         self._sleep = sleep
@@ -553,10 +559,7 @@ class Hub:
 
     async def close(self) -> None:
         self.stop_followers()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     @asynccontextmanager
     async def follow(
@@ -594,6 +597,9 @@ class Hub:
     async def tick(self) -> None:
         """Ask, in one call per lane, how the jobs stand of which nothing was heard for their period."""
         now = self.clock()
+        for lane in list(self._known_lanes()):
+            with suppress(StoreError):
+                await self._subscribe(lane)
         due: defaultdict[str, list[SharedJob]] = defaultdict(list)
         for shared in self._shared.values():
             if shared.record is not None and shared.final is None and now >= shared.next_check:
@@ -627,8 +633,11 @@ class Hub:
                 raise unknown_job(shared.job_id)
             if detach := self._detaches.get(shared.job_id):
                 await asyncio.wait([detach])
-            await self._subscribe(shared.lane)
-            record = fresh_record(submitted) if submitted else await self.jobs.attach(shared.job_id, self.gateway_id)
+            was_listening = await self._subscribe(shared.lane)
+            if submitted is not None and was_listening:
+                record: JobRecord | None = fresh_record(submitted)
+            else:
+                record = await self.jobs.attach(shared.job_id, self.gateway_id)
             if record is None:
                 raise unknown_job(shared.job_id)
             shared.submitted = submitted
@@ -636,10 +645,14 @@ class Hub:
             shared.open(record)
             self._strays.pop(shared.job_id, None)
 
-    async def _subscribe(self, lane: str) -> None:
-        if lane not in self._lanes and self._source is not None:
-            await self._source.add_lane(lane)
-            self._lanes.add(lane)
+    async def _subscribe(self, lane: str) -> bool:
+        """Hear a lane from now on. False if what was said a moment ago may have been missed."""
+        if lane in self._lanes:
+            return True
+        assert self._source is not None, "start the hub first"
+        await self._source.add_lane(lane)
+        self._lanes.add(lane)
+        return False
 
     async def _await_offset(self, shared: SharedJob, follower: Follower) -> None:
         """A client may have seen more than is in the log yet: its worker, or who replays it, sends that in a moment."""
@@ -768,7 +781,7 @@ class Hub:
     async def _repair_until_whole(self, shared: SharedJob) -> None:
         pause = FIRST_PAUSE_S
         had_gap = shared.has_gap
-        while shared.needs_repair:
+        while shared.needs_repair and shared.followers:
             try:
                 async with self._repairs:
                     await self._repair_once(shared)

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from common.background import end
 from common.errors import Rewound, Unavailable
 from common.job import Job, JobRecord, TokenColumns
 from gateway.dependencies import AccessEntry, Services, access_entry, public_id
@@ -176,9 +177,7 @@ async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value
             raise ClientDisconnect
         return working.result()
     finally:
-        for task in (working, watch):
-            task.cancel()
-        await asyncio.gather(working, watch, return_exceptions=True)
+        await end(working, watch)
 
 
 async def wait_for_result(

@@ -16,6 +16,7 @@ import redis
 from redis.asyncio.client import PubSub
 
 from common import keys, wire
+from common.background import end
 from common.errors import ConfigurationError, StoreUnavailable, WireError
 from common.job import JobState, TokenColumns
 from common.store.connection import AWAY, Connection
@@ -109,9 +110,7 @@ class Subscription:
 
     async def _close(self) -> None:
         if self._reader is not None:
-            self._reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reader
+            await end(self._reader)
         await self._disconnect()
 
     def __aiter__(self) -> Self:

@@ -124,7 +124,7 @@ class EventReader:
 
 
 def _parse(block: str) -> Seen:
-    seen = Seen(comment=block.startswith(":"))
+    seen = Seen(comment=block.startswith(":") or "\n:" in block)
     for line in block.split("\n"):
         name, _, value = line.partition(": ")
         match name:

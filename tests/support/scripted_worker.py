@@ -1,4 +1,4 @@
-"""A worker inside the test's own event loop: takes jobs through the real store and writes text that the test can foresee.
+"""A worker inside the event loop of a test: takes jobs through the real store and writes text that can be foreseen.
 
 One token per step and job. `hold_at` stops every job at an offset until the test moves it, so that a test decides what
 has happened when it looks.
@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from common import wire
+from common.background import end
 from common.card import ModelCard
 from common.errors import StoreError
 from common.job import FinishReason, JobState, TokenColumns
@@ -80,8 +81,7 @@ class ScriptedWorker:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self.store.close()
 
     async def _run(self) -> None:
