@@ -53,6 +53,7 @@ SUSPECT_WAIT_S = 0.2
 RETRY_S = 0.1
 REPORT_S = 1.0
 STATS_S = 0.5
+WATCH_S = 0.5
 MAX_SUSPECTS = 1
 NUM_NONCE_BYTES = 8
 LOG_PROGRESS_S = 5.0
@@ -119,7 +120,8 @@ class Agent:
         engine = self._engine.run(settings_json(self._settings, str(folder)))
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (engine, self._report_loading(), self._converse(), self._pull(), self._watch())
+                serving = (self._converse(), self._pull(), self._watch(), self._reap())
+                loops = (engine, self._report_loading(), *serving)
                 tasks = [group.create_task(loop) for loop in loops]
                 await self._is_over.wait()
                 for task in tasks:
@@ -393,7 +395,9 @@ class Agent:
 
     def _on_fenced(self) -> None:
         """Sealed or superseded: others have the jobs. Whatever is still said about them here must not leave."""
-        logger.warning("this worker was declared dead: dropping its jobs and beginning anew")
+        logger.warning(
+            "declared dead, or another process has the same --worker-id: dropping all jobs and beginning anew"
+        )
         self.metrics.fenced.inc()
         self._num_fenced += 1
         self._stats["fenced"] = self._num_fenced
@@ -411,6 +415,8 @@ class Agent:
         """Redis has less than we thought, or more: go on from what it has."""
         logger.warning("continuing after a gap: %s", gap)
         if gap.subject == "step":
+            if gap.last < self._jobs.outbox.last_step:
+                self._identity = Identity.DOUBTED
             self._jobs.outbox.continue_after(gap.last)
         else:
             self._jobs.outbox.reopen(gap.subject, gap.last)
@@ -546,22 +552,22 @@ class Agent:
     # --- watching ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Kill an engine that hangs, cancel what nobody follows, and look after the other workers."""
+        """Kill an engine that hangs, cancel what nobody follows."""
+        await self._is_serving.wait()
+        while True:
+            await asyncio.sleep(min(WATCH_S, self._settings.lease / BEATS_PER_LEASE))
+            if self._jobs.running:
+                self._engine.check(self._jobs.outbox.engine_step)
+            else:
+                self._engine.rest()
+            self._check_followers()
+            self.metrics.held.set(len(self._jobs.running))
+
+    async def _reap(self) -> None:
+        """Look after the other workers."""
         await self._is_serving.wait()
         settings = self._settings
-        reaper = Reaper(self._connection, lease_s=settings.lease, max_attempts=settings.max_attempts)
-        reaping = asyncio.create_task(reaper.run())
-        try:
-            while True:
-                await asyncio.sleep(min(0.5, settings.lease / BEATS_PER_LEASE))
-                if self._jobs.running:
-                    self._engine.check(self._jobs.outbox.engine_step)
-                else:
-                    self._engine.rest()
-                self._check_followers()
-                self.metrics.held.set(len(self._jobs.running))
-        finally:
-            reaping.cancel()
+        await Reaper(self._connection, lease_s=settings.lease, max_attempts=settings.max_attempts).run()
 
     def _check_followers(self) -> None:
         for job_id in self._jobs.unfollowed():

@@ -116,6 +116,11 @@ class Outbox:
         return any(j.end is not None or j.newcomers or j.framed_end < j.pending.end for j in self._jobs.values())
 
     @property
+    def last_step(self) -> int:
+        """The last call that was answered."""
+        return self._step
+
+    @property
     def settled_step(self) -> int:
         return self._settled_step if self.has_news else self.engine_step
 

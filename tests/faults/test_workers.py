@@ -12,6 +12,7 @@ import pytest
 
 from common.job import JobState
 from common.store.connection import Connection
+from tests.support.fake_engine import oracle
 from tests.support.fake_fleet import (
     LEASE_S,
     VOCABULARY,
@@ -22,7 +23,6 @@ from tests.support.fake_fleet import (
     following,
     workers_ready,
 )
-from tests.support.fake_engine import oracle
 from tests.support.fleet import process_state
 from tests.support.protocol import eventually
 from tests.support.redis_server import ServerUnderTest
