@@ -93,8 +93,11 @@ async def test_after_a_function_flush_calls_work(redis_server: ServerUnderTest, 
     assert await jobs.record(job.job_id) is not None
 
 
-async def test_a_lost_reply_of_submit_makes_one_new_job(far: Connection, losing: Losing, agent: FakeAgent) -> None:
-    jobs, job = JobStore(far), make_job(idempotency_key="k", body_hash="h")
+@pytest.mark.parametrize("key", ["", "k"])
+async def test_a_lost_reply_of_submit_makes_one_new_job(
+    key: str, far: Connection, losing: Losing, agent: FakeAgent
+) -> None:
+    jobs, job = JobStore(far), make_job(idempotency_key=key, body_hash="h")
     submission = await losing("submit", lambda: submit(jobs, job))
     assert (submission.job_id, submission.is_duplicate) == (job.job_id, False)
     assert len(await agent.take()) == 1

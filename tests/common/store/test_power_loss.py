@@ -106,6 +106,9 @@ async def test_a_lost_submission_is_made_again_from_the_worker_s_copy(
     assert record.deadline_ms - record.created_ms == 77_000
     again = await submit(jobs, make_job(idempotency_key="k", body_hash="h", tenant="team"))
     assert (again.job_id, again.is_duplicate) == (job.job_id, True)
+    await agent.store.release([(job.job_id, 1)], count_attempt=False)
+    (taken,) = await agent.take()
+    assert (taken.job, taken.num_tokens) == (job, 5), "the next worker has all it needs"
     await agent.finish(job.job_id)
     assert await jobs.log(job.job_id) == columns(0, 5)
 
