@@ -25,6 +25,8 @@ from common.store.replies import integer, stream_entries, string
 WAL_PAGE = 64
 SWEEP_LIMIT = 100
 MAX_SWEEPS = 20
+SHORTEST_WAIT, LONGEST_WAIT = 0.8, 1.2
+"""In periods."""
 MAX_ATTEMPTS = 3
 CARD_REFRESH_S = 600.0
 TOKENIZER_TTL_S = 7 * 86400
@@ -64,7 +66,7 @@ class Reaper:
         self._lanes: list[str] = []
         self._lanes_until = 0.0
         self._seen: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self._last_round: float | None = None
+        self._rested_since = clock()
         self._last_refresh: dict[str, float] = {}
         self._generation = connection.generation
 
@@ -79,7 +81,7 @@ class Reaper:
                 await self.round()
             except StoreError as error:
                 logger.warning("reaper: %s", error)
-            await self._sleep(self.period_s * random.uniform(0.8, 1.2))
+            await self._sleep(self.period_s * random.uniform(SHORTEST_WAIT, LONGEST_WAIT))
 
     async def round(self) -> int:
         """Look at every lane once. Returns the number of jobs given back to a queue.
@@ -87,18 +89,15 @@ class Reaper:
         Raises:
             StoreError: Redis failed; the observation starts anew.
         """
-        started = self._clock()
-        if self._last_round is not None and started - self._last_round > self.period_s + self.lease_s / 2:
+        if self._clock() - self._rested_since > LONGEST_WAIT * self.period_s + self.lease_s / 4:
             self._forget()
-        self._last_round = started
         try:
-            num_recovered = 0
-            for lane in await self._known_lanes():
-                num_recovered += await self._look_at(lane)
-            return num_recovered
+            return sum([await self._look_at(lane) for lane in await self._known_lanes()])
         except StoreError:
             self._forget()
             raise
+        finally:
+            self._rested_since = self._clock()
 
     def _forget(self) -> None:
         self._seen.clear()

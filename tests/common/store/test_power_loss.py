@@ -68,6 +68,23 @@ async def test_a_killed_server_forgets_nothing(jobs: JobStore, agent: FakeAgent,
     assert await jobs.log(job.job_id) == columns(0, 6)
 
 
+async def test_worker_and_redis_killed_together_lose_no_shown_token(
+    jobs: JobStore, agent: FakeAgent, link: Connection, own_redis: ServerUnderTest
+) -> None:
+    """The write-ahead stream goes into the append-only file like everything else."""
+    job = make_job()
+    await submit(jobs, job)
+    await agent.take()
+    await agent.step({job.job_id: 5})
+    own_redis.kill()
+    own_redis.restart()
+    assert (await jobs.log(job.job_id)).ids == []
+    other = await FakeAgent(link, nonce="bbbbbbbbbbbbbbbb").start()
+    assert await jobs.log(job.job_id) == columns(0, 5)
+    (taken,) = await other.take()
+    assert taken.num_tokens == 5
+
+
 async def test_a_lost_take_is_re_asserted(jobs: JobStore, agent: FakeAgent, own_redis: ServerUnderTest) -> None:
     job = make_job()
     await submit(jobs, job, gateway="g1")
