@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.settings import GatewaySettings
 from common.store.connection import Connection
@@ -29,6 +30,8 @@ class House:
     client: httpx.AsyncClient
     worker: ScriptedWorker
     services: Services
+    sent: list[bytes]
+    """Pieces of bodies in the order in which the application sent them, while they are on their way."""
 
     async def events(self, url: str, body: dict[str, Any], **options: Any) -> tuple[httpx.Response, list[Event]]:
         """All server-sent events of a POST."""
@@ -60,6 +63,17 @@ async def eventually(condition: Callable[[], Awaitable[bool]], what: str, timeou
             await asyncio.sleep(0.01)
 
 
+def _tapped(app: ASGIApp, sent: list[bytes]) -> ASGIApp:
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def tap(message: Message) -> None:
+            sent.append(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, tap)
+
+    return call
+
+
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         traceback.print_exception(error)
@@ -81,10 +95,11 @@ async def _house(redis_url: str, **options: Any) -> AsyncIterator[House]:
         task.add_done_callback(_report)
         app = create_app(settings)
         await stack.enter_async_context(app.router.lifespan_context(app))
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        sent: list[bytes] = []
+        transport = httpx.ASGITransport(_tapped(app, sent), raise_app_exceptions=False)
         client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
         try:
-            yield House(client, worker, app.state.services)
+            yield House(client, worker, app.state.services, sent)
             assert not task.done() or task.exception() is None
         finally:
             worker.is_stopping = True
