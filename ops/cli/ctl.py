@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.errors import ConfigurationError
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("jobs", "the newest jobs of all tenants").add_argument("--limit", type=int, default=20)
     add("job", "one job", "job_id")
     add("cancel", "cancel a job", "job_id")
-    add("drain", "let a worker finish what it runs and leave", "worker_id")
+    add("drain", "let a worker finish what it runs and leave; `up` starts a fresh one in its place", "worker_id")
     add("redrive", "give dead letters another chance").add_argument("job_id", nargs="?", default="")
     add("queue", "what waits, per model")
     add("dead-letters", "jobs that killed their workers")
@@ -110,7 +110,8 @@ def _show(command: str, answer: Any) -> None:
             sys.stdout.write(f"{name}: {value}\n")
         return
     columns = COLUMNS.get(command, tuple(rows[0]) if rows else ())
-    table = Table(*columns)
+    # ids are for copying: never cut
+    table = Table(*(Column(name, no_wrap=name in ("id", "job_id"), overflow="fold") for name in columns))
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     Console().print(table if rows else "none")
