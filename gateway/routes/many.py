@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common.errors import InferfleetError, RequestError, Unavailable
+from common.errors import InferfleetError, Unavailable
 from common.job import JobRecord, TokenColumns, Usage
-from gateway.formats.base import ServerEvent, end_error
+from common.store.jobs import new_job_id
+from gateway.dependencies import public_id
+from gateway.formats.base import JobDraft, ServerEvent, end_error
 from gateway.formats.completion import CompletionRenderer
 from gateway.hub import End, Follower, Rewind, Tokens
 from gateway.routes.door import Admitted, Call
@@ -28,18 +30,41 @@ log = logging.getLogger(__name__)
 MAX_WAITING_EVENTS = 64
 
 
-async def results_of_all(call: Call, admitted: Sequence[Admitted]) -> list[tuple[JobRecord, TokenColumns]]:
-    """The ends of all jobs, in order. When one has no complete answer the others are cancelled.
+async def _admit(call: Call, drafts: Sequence[JobDraft], admitted: list[Admitted]) -> AsyncIterator[Admitted]:
+    """Submit one draft after the other, as the children `<id>.<k>` of one id. Whoever iterates must follow each child
+    before asking for the next one, or its first tokens pass by."""
+    parent = new_job_id(drafts[0].lane)
+    for index, draft in enumerate(drafts):
+        one = await call.admit(draft, job_id=f"{parent}.{index}", child=index)
+        admitted.append(one)
+        yield one
+
+
+async def _cancel(call: Call, admitted: Sequence[Admitted]) -> None:
+    """End what this request began; jobs of an earlier one with the same key may have a client. When Redis cannot be
+    reached either, they end with their grace."""
+    with suppress(InferfleetError):
+        for one in admitted:
+            if not one.is_replay:
+                await call.services.jobs.cancel(one.job_id)
+
+
+async def results_of_all(
+    call: Call, drafts: Sequence[JobDraft]
+) -> tuple[list[Admitted], list[tuple[JobRecord, TokenColumns]]]:
+    """Submit all drafts and wait for their ends, in order. When one is refused or fails, the others are cancelled.
 
     Raises:
-        RequestError: the first one without a complete answer.
+        RequestError: of the first one that has no complete answer.
     """
-    tasks = [asyncio.create_task(call.result(one)) for one in admitted]
+    admitted: list[Admitted] = []
+    tasks: list[asyncio.Task[tuple[JobRecord, TokenColumns]]] = []
     try:
-        return list(await asyncio.gather(*tasks))
-    except RequestError:
-        for one in admitted:
-            await call.services.jobs.cancel(one.job_id)
+        async for one in _admit(call, drafts, admitted):
+            tasks.append(asyncio.create_task(call.result(one)))
+        return admitted, list(await asyncio.gather(*tasks))
+    except InferfleetError:
+        await _cancel(call, admitted)
         raise
     finally:
         for task in tasks:
@@ -109,22 +134,29 @@ class _ManyStreams(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def many_streams(
-    call: Call, admitted: Sequence[Admitted], special_ids: Sequence[int], headers: dict[str, str]
-) -> Response:
-    """One stream of all jobs' chunks, told apart by the index of their choice."""
-    stack = AsyncExitStack()
-    branches = []
+async def many_streams(call: Call, drafts: Sequence[JobDraft]) -> Response:
+    """Submit all drafts and stream their chunks together, told apart by the index of their choice.
+
+    Raises:
+        RequestError: one is refused; those before it are cancelled.
+    """
+    stack, admitted, branches = AsyncExitStack(), list[Admitted](), list[_Branch]()
+    special_ids = frozenset(call.special_ids(drafts[0].lane))
     try:
-        for index, one in enumerate(admitted):
+        async for one in _admit(call, drafts, admitted):
             follow = call.services.hub.follow(one.job_id, 0, tenant=call.tenant, submitted=one.submitted)
             follower = await stack.enter_async_context(follow)
-            renderer = CompletionRenderer(follower.record, frozenset(special_ids))
-            branches.append(_Branch(index, follower, renderer))
+            branches.append(_Branch(len(branches), follower, CompletionRenderer(follower.record, special_ids)))
     except BaseException:
         await stack.aclose()
+        await _cancel(call, admitted)
         raise
-    return _ManyStreams(branches, stack, call.services.settings.keep_alive, headers)
+    return _ManyStreams(branches, stack, call.services.settings.keep_alive, headers_of_all(call, admitted))
+
+
+def headers_of_all(call: Call, admitted: Sequence[Admitted]) -> dict[str, str]:
+    """As of one job, with the ids of all."""
+    return call.headers(admitted[0]) | {"x-job-id": ", ".join(public_id(one.job_id) for one in admitted)}
 
 
 async def _merged(branches: Sequence[_Branch], keep_alive_s: float) -> AsyncIterator[bytes]:

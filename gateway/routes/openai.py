@@ -7,16 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from common.errors import InferfleetError
-from common.store.jobs import new_job_id
+from common.job import JobRecord
 from gateway.dependencies import Services, services
 from gateway.formats import body_of, parse_chat, parse_completion
-from gateway.formats.base import JobDraft
 from gateway.formats.completion import completion_body
-from gateway.formats.fields import Fields
 from gateway.models import ServedModel
-from gateway.routes.door import Admitted, Call, OpenCall
-from gateway.routes.many import many_streams, results_of_all
+from gateway.routes.door import Call, OpenCall
+from gateway.routes.many import headers_of_all, many_streams, results_of_all
 from gateway.routes.tgi import json_response, timing_headers
 
 router = APIRouter()
@@ -36,36 +33,24 @@ async def chat_completions(call: OpenCall) -> Response:
 @router.post("/v1/completions")
 async def completions(call: OpenCall) -> Response:
     drafts = await call.parse(parse_completion)
-    is_stream = Fields(call.body).boolean("stream")
-    if is_stream and len(drafts) == 1:
-        return await call.stream(drafts[0])
-    admitted = await _admit_all(call, drafts)
-    special_ids = call.special_ids(drafts[0].lane)
-    headers = call.headers(admitted[0]) | {"x-job-id": ", ".join(call.headers(one)["x-job-id"] for one in admitted)}
-    if is_stream:
-        return await many_streams(call, admitted, special_ids, headers)
-    answers = await results_of_all(call, admitted)
-    num_characters = sum(record.view["prompt_characters"] for record, _ in answers)
-    timing = timing_headers(call, answers[0][0], num_characters)
-    timing["x-prompt-tokens"] = str(sum(record.prompt_tokens for record, _ in answers))
-    timing["x-generated-tokens"] = str(sum(record.num_tokens for record, _ in answers))
-    return json_response(completion_body(answers, frozenset(special_ids)), headers | timing)
+    if call.body.get("stream"):
+        return await (call.stream(drafts[0]) if len(drafts) == 1 else many_streams(call, drafts))
+    if len(drafts) > 1:
+        admitted, answers = await results_of_all(call, drafts)
+    else:
+        admitted = [await call.admit(drafts[0])]
+        answers = [await call.result(admitted[0])]
+    special_ids = frozenset(call.special_ids(drafts[0].lane))
+    headers = headers_of_all(call, admitted) | _timing_headers(call, [record for record, _ in answers])
+    return json_response(completion_body(answers, special_ids), headers)
 
 
-async def _admit_all(call: Call, drafts: list[JobDraft]) -> list[Admitted]:
-    """One job for each prompt; several are the children `<id>.<k>` of one id. All or none."""
-    if len(drafts) == 1:
-        return [await call.admit(drafts[0])]
-    parent = new_job_id(drafts[0].lane)
-    admitted: list[Admitted] = []
-    try:
-        for index, draft in enumerate(drafts):
-            admitted.append(await call.admit(draft, job_id=f"{parent}.{index}", child=index))
-    except InferfleetError:
-        for one in admitted:
-            await call.services.jobs.cancel(one.job_id)
-        raise
-    return admitted
+def _timing_headers(call: Call, records: list[JobRecord]) -> dict[str, str]:
+    """Counts are sums over the prompts, times those of the first one."""
+    headers = timing_headers(call, records[0], sum(record.view["prompt_characters"] for record in records))
+    headers["x-prompt-tokens"] = str(sum(record.prompt_tokens for record in records))
+    headers["x-generated-tokens"] = str(sum(record.num_tokens for record in records))
+    return headers
 
 
 def _model_object(served: ServedModel, name: str) -> dict[str, Any]:
