@@ -98,7 +98,7 @@ def test_it_dies_with_its_parent_and_the_folder_is_free_again(tmp_path: Path) ->
         "started = []\n"
         "thread = threading.Thread(target=lambda: started.append(start_embedded(sys.argv[1])))\n"
         "thread.start(); thread.join()\n"
-        "print(started[0].process.pid, flush=True)\n"
+        "print(started[0].process.pid, started[0].url, flush=True)\n"
         "signal.pause()\n"
     )
     root = Path(__file__).parents[2]
@@ -106,9 +106,10 @@ def test_it_dies_with_its_parent_and_the_folder_is_free_again(tmp_path: Path) ->
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        time.sleep(0.2)
-        assert is_running(pid), "the end of the thread that started it does not end it"
+        words = parent.stdout.readline().split()
+        pid = int(words[0])
+        with redis.Redis.from_url(words[1]) as client:
+            assert all(client.ping() for _ in range(100)), "the end of the thread that started it does not end it"
         os.kill(parent.pid, signal.SIGKILL)
     wait_until_gone(pid)
     start_embedded(tmp_path).stop()

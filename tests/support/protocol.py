@@ -10,6 +10,7 @@ from typing import Any
 import redis
 
 from common import wire
+from common.card import ModelCard
 from common.job import Dialect, FinishReason, Job, JobState, SamplingParams, TokenColumns
 from common.store.connection import Connection
 from common.store.jobs import JobStore, new_job_id
@@ -30,6 +31,33 @@ def make_job(**changes: Any) -> Job:
         "view": {"door": "chat", "model": "demo"},
     }
     return Job(**fields | changes)
+
+
+def make_card(**changes: Any) -> ModelCard:
+    fields: dict[str, Any] = {
+        "lane": LANE,
+        "served_name": "demo",
+        "aliases": (),
+        "model_id": "org/demo",
+        "revision": "",
+        "architecture": "llama",
+        "dtype": "float32",
+        "quantize": "",
+        "created": 1,
+        "vocab_size": 100,
+        "max_input_tokens": 500,
+        "max_total_tokens": 600,
+        "max_batch_prefill_tokens": 512,
+        "kv_tokens": 4096,
+        "tokenizer_digest": "d1",
+        "chat_template": "",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+        "special_ids": (1, 2),
+    }
+    return ModelCard(**fields | changes)
 
 
 def token(position: int) -> int:

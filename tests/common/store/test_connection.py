@@ -25,7 +25,7 @@ from common.store.fleet import FleetStore
 from common.store.jobs import JobStore
 from common.store.reaper import recover
 from common.store.replies import Chunk
-from tests.support.protocol import LANE, FakeAgent, columns, make_job, payload, submit
+from tests.support.protocol import LANE, FakeAgent, columns, make_card, make_job, payload, submit
 from tests.support.proxy import Proxy
 from tests.support.redis_server import ServerUnderTest
 
@@ -188,8 +188,6 @@ async def test_lost_replies_of_what_gateways_ask(far: Connection, losing: Losing
 async def test_lost_replies_of_what_operators_ask(
     far: Connection, losing: Losing, agent: FakeAgent, jobs: JobStore
 ) -> None:
-    from tests.common.store.test_fleet import make_card
-
     fleet, job = FleetStore(far), make_job()
     await losing("announce", lambda: fleet.announce(make_card(), b"{}"))
     await submit(jobs, job)

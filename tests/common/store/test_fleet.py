@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from common import keys
-from common.card import ModelCard
 from common.errors import StoreError
 from common.job import JobState
 from common.store.connection import Connection
@@ -15,35 +12,8 @@ from common.store.fleet import FleetStore, digest_of_key
 from common.store.jobs import JobStore
 from common.store.replies import WorkerInfo
 from common.store.workers import WorkerStore
-from tests.support.protocol import LANE, FakeAgent, make_job, submit
+from tests.support.protocol import LANE, FakeAgent, make_card, make_job, submit
 from tests.support.redis_server import ServerUnderTest
-
-
-def make_card(**changes: Any) -> ModelCard:
-    fields: dict[str, Any] = {
-        "lane": LANE,
-        "served_name": "demo",
-        "aliases": (),
-        "model_id": "org/demo",
-        "revision": "",
-        "architecture": "llama",
-        "dtype": "float32",
-        "quantize": "",
-        "created": 1,
-        "vocab_size": 100,
-        "max_input_tokens": 500,
-        "max_total_tokens": 600,
-        "max_batch_prefill_tokens": 512,
-        "kv_tokens": 4096,
-        "tokenizer_digest": "d1",
-        "chat_template": "",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "bos_token_id": 1,
-        "eos_token_ids": (2,),
-        "special_ids": (1, 2),
-    }
-    return ModelCard(**fields | changes)
 
 
 async def test_an_announced_model_is_found_with_its_tokenizer(fleet: FleetStore) -> None:

@@ -14,8 +14,7 @@ from common.store.fleet import FleetStore
 from common.store.jobs import JobStore
 from common.store.reaper import Reaper
 from common.store.replies import WorkerInfo
-from tests.common.store.test_fleet import make_card
-from tests.support.protocol import LANE, FakeAgent, columns, make_job, submit
+from tests.support.protocol import LANE, FakeAgent, columns, make_card, make_job, submit
 from tests.support.redis_server import ServerUnderTest
 
 

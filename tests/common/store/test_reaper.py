@@ -14,7 +14,7 @@ from common.store.fleet import FleetStore
 from common.store.frames import StatusChanged
 from common.store.jobs import JobStore
 from common.store.reaper import Reaper, recover, tails_of
-from tests.support.protocol import LANE, FakeAgent, columns, make_job, payload, submit
+from tests.support.protocol import LANE, FakeAgent, columns, make_card, make_job, payload, submit
 from tests.support.redis_server import ServerUnderTest
 
 LEASE_S = 5.0
@@ -331,8 +331,6 @@ async def test_release_of_a_job_of_another_epoch_does_nothing(jobs: JobStore, ag
 async def test_an_empty_lane_without_a_card_is_forgotten(
     fleet: FleetStore, connection: Connection, clock: Clock
 ) -> None:
-    from tests.common.store.test_fleet import make_card
-
     await fleet.announce(make_card(), b"{}")
     reaper = Reaper(connection, lease_s=LEASE_S, clock=clock)
     await reaper.round()

@@ -11,7 +11,7 @@ from common.store.connection import Connection
 from common.store.fleet import FleetStore
 from common.store.jobs import JobStore
 from common.store.replies import WorkerInfo
-from tests.support.protocol import LANE, FakeAgent, eventually, make_job, submit
+from tests.support.protocol import LANE, FakeAgent, eventually, make_card, make_job, submit
 from tests.support.redis_server import ServerUnderTest
 
 
@@ -147,8 +147,6 @@ async def test_a_worker_dead_for_less_than_half_a_minute_still_counts(
 async def test_while_a_worker_loads_its_model_jobs_wait_for_it(
     jobs: JobStore, fleet: FleetStore, connection: Connection
 ) -> None:
-    from tests.common.store.test_fleet import make_card
-
     await fleet.announce(make_card(), b"{}")
     with pytest.raises(Unavailable):
         await submit(jobs, make_job(orphan_grace_s=10), gateway="g1", scale_from_zero=False)
