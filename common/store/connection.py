@@ -172,14 +172,20 @@ class Connection:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     async def _send(self, *command: bytes | str | int | float) -> Any:
+        task = asyncio.current_task()
+        num_cancels = task.cancelling() if task is not None else 0
         try:
-            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+            reply = await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
         except AWAY as error:
             if isinstance(error.__cause__, redis.AuthenticationError):
                 raise StoreUnsupported(f"Redis refuses this user: {error}") from error
             raise
         except redis.ResponseError as error:
             raise meaning_of(error) from error
+        # wait_for of Python 3.11, which the client uses, forgets a cancellation that comes together with the reply
+        if task is not None and task.cancelling() > num_cancels:
+            raise asyncio.CancelledError
+        return reply
 
     async def _load(self) -> None:
         """Put our library on the server, unless it is there; never replace one that others may be calling."""
