@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -161,7 +162,8 @@ class Launcher:
 
     def _plan_worker(self, index: int, environment: dict[str, str]) -> None:
         # beside other hosts on one Redis the bare number would not be unique
-        prefix = "" if self.redis is not None else f"{os.uname().nodename[:40]}-"
+        host = re.sub("[^A-Za-z0-9_-]", "-", os.uname().nodename)[:40]
+        prefix = "" if self.redis is not None else f"{host}-"
         name = f"w{index + 1}"
         worker_id = self.settings.worker_id or f"{prefix}{name}"
         port = self.settings.metrics_port + index if self.settings.metrics_port else 0
