@@ -55,6 +55,7 @@ class FleetProcess:
     log: Path
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    module: str = "ops.cli"
 
     @property
     def url(self) -> str:
@@ -68,7 +69,7 @@ class FleetProcess:
     def start(self) -> None:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", *self.arguments],
+                [sys.executable, "-m", self.module, *self.arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=output,
@@ -154,6 +155,16 @@ class Fleet:
         worker.start()
         self.workers.append(worker)
         return worker
+
+    def replace_worker(self, name: str, module: str) -> None:
+        """Stop the worker, and let another program serve under its name and with its options."""
+        old = self.worker(name)
+        old.stop()
+        self.workers.remove(old)
+        worker = FleetProcess(name, [], old.environment, self.folder / f"{name}-{module}.log", module=module)
+        worker.start()
+        self.workers.append(worker)
+        self.wait_until_ready()
 
     @property
     def url(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -57,14 +58,73 @@ def greedy_completion(text: str, max_new_tokens: int) -> str:
     return text_of(greedy_ids(prompt_ids(text), max_new_tokens))
 
 
-def top_two(prompt: list[int], output: list[int]) -> list[list[tuple[int, float]]]:
-    """Teacher-forced: for each output position the two best (id, log-probability), in float64."""
+@lru_cache(maxsize=1)
+def _exact() -> Any:
+    """The model in float64; transformers keeps norms, rope and (with eager attention) the softmax in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float64, attn_implementation="eager")
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy ids up to and with the end, and the smallest distance between best and second logit on the way."""
+
+    ids: tuple[int, ...]
+    margin: float
+
+
+def exact_greedy(prompts: list[list[int]], max_new_tokens: int, repetition_penalty: float = 1.0) -> list[Greedy]:
+    """What transformers generates in float64; prompts of equal length share a batch, so nothing is padded."""
+    found: dict[int, Greedy] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        members = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        rows = _generate([prompts[index] for index in members], max_new_tokens, repetition_penalty)
+        found |= dict(zip(members, rows, strict=True))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _generate(prompts: list[list[int]], max_new_tokens: int, repetition_penalty: float) -> list[Greedy]:
     import torch
 
-    _, model = _loaded()
+    model = _exact()
     with torch.inference_mode():
-        logits = model.double()(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        model.float()
-        best = logits.double().log_softmax(-1).topk(2)
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [list(zip(ids, values, strict=True)) for ids, values in rows]
+        made = model.generate(
+            torch.tensor(prompts),
+            attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=repetition_penalty,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    best = torch.stack(made.scores, 1).topk(2).values
+    outputs, margins = made.sequences[:, len(prompts[0]) :].tolist(), (best[..., 0] - best[..., 1]).tolist()
+    return [
+        _until_end(ids, row, model.generation_config.eos_token_id) for ids, row in zip(outputs, margins, strict=True)
+    ]
+
+
+def _until_end(ids: list[int], margins: list[float], ends: int | list[int]) -> Greedy:
+    known = [ends] if isinstance(ends, int) else ends
+    length = next((index + 1 for index, token in enumerate(ids) if token in known), len(ids))
+    return Greedy(tuple(ids[:length]), min(margins[:length]))
+
+
+def exact_logits(prompt: list[int], output: list[int], repetition_penalty: float = 1.0) -> Any:
+    """Teacher-forced: the float64 scores [len(output), vocab] from which each token of `output` is to be picked."""
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    ids = torch.tensor([prompt + output])
+    with torch.inference_mode():
+        logits = _exact()(ids).logits[0, len(prompt) - 1 : -1]
+        if repetition_penalty == 1.0:
+            return logits
+        process = RepetitionPenaltyLogitsProcessor(repetition_penalty)
+        rows = [process(ids[:, : len(prompt) + index], row[None]) for index, row in enumerate(logits)]
+        return torch.cat(rows)
