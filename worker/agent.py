@@ -54,6 +54,7 @@ RETRY_S = 0.1
 REPORT_S = 1.0
 STATS_S = 0.5
 WATCH_S = 0.5
+CANCEL_AGAIN_S = 0.2
 MAX_SUSPECTS = 1
 NUM_NONCE_BYTES = 8
 LOG_PROGRESS_S = 5.0
@@ -124,11 +125,18 @@ class Agent:
                 loops = (engine, self._report_loading(), *serving)
                 tasks = [group.create_task(loop) for loop in loops]
                 await self._is_over.wait()
-                for task in tasks:
-                    task.cancel()
+                await self._end_loops(tasks)
         finally:
             await self._close()
         return 0
+
+    @staticmethod
+    async def _end_loops(tasks: list[asyncio.Task[None]]) -> None:
+        """Cancel until they are gone: redis-py now and then swallows a cancellation that meets a reply."""
+        while not all(task.done() for task in tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
 
     async def _close(self) -> None:
         if self._is_serving.is_set():
