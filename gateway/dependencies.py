@@ -61,8 +61,8 @@ class AccessEntry:
     first_token_ms: int = 0
 
 
-def services(connection: HTTPConnection) -> Services:
-    """Dependency of HTTP and WebSocket routes."""
+async def services(connection: HTTPConnection) -> Services:
+    """Dependency of HTTP and WebSocket routes; async, because FastAPI runs others in a thread each time."""
     found: Services = connection.app.state.services
     return found
 
