@@ -16,20 +16,8 @@ from common.errors import NotFound, OffsetBeyondEnd, StoreUnavailable
 from common.job import Job, JobRecord, JobState, TokenColumns, TopToken
 from common.store.frames import Ended, Frame, Message, Reconnected, StatusChanged
 from common.store.replies import Submission
-from gateway.hub import (
-    LONGEST_PERIOD_S,
-    RING_BYTES,
-    End,
-    Event,
-    Hub,
-    Rewind,
-    Ring,
-    SharedJob,
-    Status,
-    Stopped,
-    Tokens,
-    fresh_record,
-)
+from gateway.hub import LONGEST_PERIOD_S, End, Event, Hub, Rewind, Status, Stopped, Tokens
+from gateway.shared_job import RING_BYTES, Ring, SharedJob, fresh_record
 from tests.support.protocol import make_job
 
 JOB = make_job()
