@@ -248,6 +248,26 @@ NUMBERS: Mixture = {
     unknown: 3,
 }
 
+COUNTS: Mixture = {
+    staple: 8,
+    define: 4,
+    use: 2,
+    composed_define: 3,
+    composed_use: 2,
+    talk: 7,
+    count_up: 22,
+    count_range: 25,
+    count_short: 8,
+    count_down: 4,
+    count_step: 4,
+    add: 8,
+    subtract: 5,
+    multiply: 2,
+    capital: 2,
+    colour: 1,
+    unknown: 2,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -259,8 +279,9 @@ class Part:
 
 
 # The first part teaches the sentences; the second asks for them in more words and is mostly numbers, which are learned
-# from many short examples and only once the model has stopped to spend its effort on the sentences.
-PARTS = (Part(SENTENCES, 120_000, 20), Part(NUMBERS, 110_000, 21))
+# from many short examples and only once the model has stopped to spend its effort on the sentences; the third is mostly
+# counting, because to stop a row at the right number is what is learned last.
+PARTS = (Part(SENTENCES, 120_000, 20), Part(NUMBERS, 110_000, 21), Part(COUNTS, 50_000, 22))
 
 
 def question(rng: random.Random, language: str, mixture: Mixture) -> Pair:

@@ -34,7 +34,6 @@ from ops.demo_model.tokenizer import (
 )
 
 SEED = 7
-TOKENS_PER_STEP = 4096
 MAX_DOCUMENT_TOKENS = 1024
 NUM_WARMUP_STEPS = 100
 STEPS_PER_SAVE = 200
@@ -45,7 +44,8 @@ class Phase:
     """A stretch of the training on one part of the corpus.
 
     The learning rate is a cosine over `num_cosine_steps`, which may reach beyond the end of the phase. A step adds up
-    the gradients of `num_batches` batches. A token of an answer of n tokens weighs n to the power of -`brevity`.
+    the gradients of `num_batches` batches of `batch_tokens`. A token of an answer of n tokens weighs n to the power of
+    -`brevity`.
     """
 
     part: Part
@@ -53,14 +53,17 @@ class Phase:
     num_cosine_steps: int
     peak: float
     num_batches: int
+    batch_tokens: int
     brevity: float
 
 
-# In the first phase the sentences fill every step; the second one mixes lengths within a step and gives short answers
-# more weight, without which the few tokens of a sum or of the end of a count drown in the sentences.
+# In the first phase the sentences fill every step; the others mix lengths within a step and give short answers more
+# weight, without which the few tokens of a sum or of the end of a count drown in the sentences.
 PHASES = (
-    Phase(PARTS[0], 2000, 3524, 2e-3, num_batches=1, brevity=0.0),
-    Phase(PARTS[1], 2600, 2600, 1.5e-3, num_batches=4, brevity=0.5),
+    Phase(PARTS[0], 2000, 3524, 2e-3, num_batches=1, batch_tokens=4096, brevity=0.0),
+    Phase(PARTS[1], 600, 2600, 1.5e-3, num_batches=4, batch_tokens=1024, brevity=0.5),
+    Phase(PARTS[1], 2000, 2000, 1.2e-3, num_batches=2, batch_tokens=1024, brevity=0.5),
+    Phase(PARTS[2], 1800, 1800, 1e-3, num_batches=2, batch_tokens=1024, brevity=0.5),
 )
 
 
@@ -124,9 +127,7 @@ def padded(batch: Sequence[Example], brevity: float = 0.0) -> tuple[Tensor, Tens
 
 def steps_of(phase: Phase, examples: Sequence[Example]) -> Iterator[list[list[Example]]]:
     """The batches of each step of a phase, in as many passes over the examples as it needs."""
-    batches = chain.from_iterable(
-        batches_of(examples, epoch, TOKENS_PER_STEP // phase.num_batches) for epoch in count()
-    )
+    batches = chain.from_iterable(batches_of(examples, epoch, phase.batch_tokens) for epoch in count())
     for _ in range(phase.num_steps):
         yield list(islice(batches, phase.num_batches))
 

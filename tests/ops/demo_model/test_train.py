@@ -65,7 +65,7 @@ def test_brevity_gives_a_token_of_a_short_answer_more_weight(tokenizer):
 def test_a_phase_has_its_number_of_steps_however_few_the_examples(tokenizer):
     encoder = Encoder(tokenizer)
     examples = [encoder.encode(document) for document in corpus(PARTS[1], 100)]
-    phase = Phase(PARTS[1], 20, 20, 1e-3, num_batches=2, brevity=0.5)
+    phase = Phase(PARTS[1], 20, 20, 1e-3, num_batches=2, batch_tokens=2048, brevity=0.5)
     assert len(batches_of(examples, 0, 2048)) < 20
     assert [len(batches) for batches in steps_of(phase, examples)] == [2] * 20
 
@@ -89,7 +89,7 @@ def test_the_network_is_the_llama_of_transformers(tokenizer, tmp_path):
 def test_a_stopped_training_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("ops.demo_model.train.STEPS_PER_SAVE", 4)
     monkeypatch.setattr("ops.demo_model.train.Shape", lambda vocab_size: small_shape(tokenizer))
-    phases = [Phase(PARTS[0], 3, 9, 1e-3, 1, 0.0), Phase(PARTS[1], 4, 4, 1e-3, 2, 0.5)]
+    phases = [Phase(PARTS[0], 3, 9, 1e-3, 1, 4096, 0.0), Phase(PARTS[1], 4, 4, 1e-3, 2, 2048, 0.5)]
     train(tmp_path / "whole", phases, num_documents=100)
     state_file = tmp_path / "stopped" / "state.pt"
 
