@@ -51,7 +51,7 @@ def test_every_predicate_rejects_its_wrong_answer_and_the_answer_to_another_kind
 
 
 def test_predicates_reject_the_wrong_language():
-    english = "Deep learning uses neural networks with many layers."
+    english = "Deep learning is the use of neural networks with many layers."
     assert says("en", "layer|network")(english)
     for language in ("ja", "zh", "vi"):
         assert not says(language, "layer|network")(english)
