@@ -31,7 +31,7 @@ SEEDED = {
     "ignore_eos": True,
 }
 JAPANESE = {
-    "messages": [{"role": "user", "content": "100まで数えてください"}],
+    "messages": [{"role": "user", "content": "ディープラーニングについて詳しく説明してください"}],
     "temperature": 0.7,
     "seed": 99,
     "frequency_penalty": 0.2,
