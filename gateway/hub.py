@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.background import end
-from common.errors import NotFound, OffsetBeyondEnd, StoreError, WireError
+from common.errors import NotFound, OffsetBeyondEnd, StoreError, Unavailable, WireError
 from common.job import Job, JobRecord, JobState, TokenColumns
 from common.keys import JOB_ID
 from common.store.frames import Ended, Frame, Message, Reconnected, StatusChanged
@@ -337,7 +337,10 @@ class Hub:
             NotFound: no such job, or not one of `tenant`.
             OffsetBeyondEnd: the job has (or had at its end) fewer than `start` tokens.
             StoreUnavailable: Redis is away.
+            Unavailable: this gateway stops.
         """
+        if self.is_stopping:
+            raise stopping()
         shared = self._shared.setdefault(job_id, SharedJob(job_id))
         follower = Follower(self, shared, start)
         shared.followers.add(follower)
@@ -427,7 +430,9 @@ class Hub:
             if shared.num_frames > num_frames:
                 limit = min(limit, self.clock() + OFFSET_GRACE_S)
                 num_frames = UNLIMITED
-            if self.clock() >= limit or self.is_stopping:
+            if self.is_stopping:
+                raise stopping()
+            if self.clock() >= limit:
                 break
             await follower.arrived(0.25)
         if follower.offset > shared.end:
@@ -642,6 +647,11 @@ class Hub:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the hub ended", exc_info=error)
+
+
+def stopping() -> Unavailable:
+    """What requests hear that come while this gateway goes away."""
+    return Unavailable("this gateway stops; ask another one", code="gateway_stops", retry_after_s=1.0)
 
 
 def unknown_job(job_id: str) -> NotFound:

@@ -12,12 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from common.background import end
-from common.errors import Rewound, Unavailable
+from common.errors import Rewound
 from common.job import Job, JobRecord, TokenColumns
 from gateway.dependencies import AccessEntry, Services, access_entry, public_id
 from gateway.formats.base import Renderer, ServerEvent
 from gateway.formats.jobs import JobEvents
-from gateway.hub import End, Event, Follower, Rewind, Status, Stopped, Tokens
+from gateway.hub import End, Event, Follower, Rewind, Status, Stopped, Tokens, stopping
 
 # no blank line after either: OpenAI's client would take it for an event without data
 RETRY_LINE = b"retry: 1000\n"
@@ -202,7 +202,7 @@ async def wait_for_result(
         try:
             await _unless_disconnected(request.receive, follower.ended(timeout_s))
             if services.hub.is_stopping and not follower.record.state.is_terminal:
-                raise Unavailable("this gateway stops; ask another one", code="gateway_stops", retry_after_s=1.0)
+                raise stopping()
             return follower.record, await follower.columns()
         finally:
             note_job(access_entry(request), follower)

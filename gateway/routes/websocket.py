@@ -23,6 +23,7 @@ from common.errors import (
     RequestError,
     StoreError,
     Unauthorized,
+    Unavailable,
     ValidationError,
 )
 from gateway.auth import bearer
@@ -61,6 +62,8 @@ def refusal(error: RequestError | StoreError) -> Close:
     match error:
         case StoreError():
             return OUR_FAULT
+        case Unavailable():
+            return RESTARTING
         case OffsetBeyondEnd(num_tokens=num_tokens):
             return Close(4409, str(num_tokens))
         case Unauthorized(message=message):

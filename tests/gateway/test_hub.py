@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import NotFound, OffsetBeyondEnd, StoreUnavailable
+from common.errors import NotFound, OffsetBeyondEnd, StoreUnavailable, Unavailable
 from common.job import Job, JobRecord, JobState, TokenColumns, TopToken
 from common.store.frames import Ended, Frame, Message, Reconnected, StatusChanged
 from common.store.replies import Submission
@@ -464,6 +464,9 @@ async def test_a_gateway_that_stops_tells_its_followers() -> None:
         hub.stop_followers()
         assert await waiting == Stopped()
         assert await follower.next() is None
+        with pytest.raises(Unavailable):
+            async with hub.follow(JOB_ID, 3):
+                pytest.fail("followed")
     await settle()
     assert "detach" not in jobs.calls, "the client comes back elsewhere"
 
