@@ -367,7 +367,7 @@ class Hub:
         now = self.clock()
         for lane in list(self._known_lanes()):
             with suppress(StoreError):
-                await self._subscribe(lane)
+                await self.listen(lane)
         due: defaultdict[str, list[SharedJob]] = defaultdict(list)
         for shared in self._shared.values():
             if shared.record is not None and shared.final is None and now >= shared.next_check:
@@ -401,7 +401,7 @@ class Hub:
                 raise unknown_job(shared.job_id)
             if detach := self._detaches.get(shared.job_id):
                 await asyncio.wait([detach])
-            was_listening = await self._subscribe(shared.lane)
+            was_listening = await self.listen(shared.lane)
             if submitted is not None and was_listening:
                 record: JobRecord | None = fresh_record(submitted)
             else:
@@ -413,8 +413,12 @@ class Hub:
             shared.open(record)
             self._strays.pop(shared.job_id, None)
 
-    async def _subscribe(self, lane: str) -> bool:
-        """Hear a lane from now on. False if what was said a moment ago may have been missed."""
+    async def listen(self, lane: str) -> bool:
+        """Hear a lane from now on; best before submitting a job there. False if it was not heard until now.
+
+        Raises:
+            StoreUnavailable: Redis is away.
+        """
         if lane in self._lanes:
             return True
         assert self._source is not None, "start the hub first"

@@ -68,6 +68,7 @@ class Call:
             request_id=access_entry(self.request).request_id,
             job_id=job_id,
         )
+        await self.services.hub.listen(draft.lane)
         submission = await self.services.admission.submit(job, gateway_id=self.services.gateway_id)
         return Admitted(job, submission.job_id, submission.is_duplicate)
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from common.errors import BadRequest
 from common.job import Job, JobRecord, JobState, TokenColumns
+from common.keys import lane_of_job
 from gateway.admission import hash_of
 from gateway.auth import Tenant
 from gateway.dependencies import (
@@ -80,6 +81,7 @@ async def submit(request: Request, services: UsedServices, tenant: Tenant, body:
     """202 and the job; 200 when it ended within `wait` seconds, or for a repeated Idempotency-Key."""
     wait_s = query_integer(request, "wait", 0, high=LONGEST_WAIT_S)
     job = await _new_job(request, services, tenant, parse_job(body))
+    await services.hub.listen(lane_of_job(job.job_id))
     submission = await services.admission.submit(job, gateway_id=services.gateway_id if wait_s else None)
     submitted = None if submission.is_duplicate else job
     headers = {"location": f"/v1/jobs/{public_id(submission.job_id)}", "x-job-id": public_id(submission.job_id)}

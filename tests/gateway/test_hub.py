@@ -355,7 +355,7 @@ async def test_a_finished_job_is_neither_attached_nor_detached() -> None:
 async def test_a_submitted_job_costs_no_question_until_its_end() -> None:
     jobs = FakeJobs(state=JobState.QUEUED, attempts=0)
     async with hub_of(jobs) as hub:
-        await hub._subscribe(LANE)
+        await hub.listen(LANE)
         jobs.followers.add("g1")
         async with hub.follow(JOB_ID, submitted=JOB) as follower:
             jobs.publish(StatusChanged(JOB_ID, JobState.IN_PROGRESS, 1))
@@ -372,7 +372,7 @@ async def test_a_submitted_job_costs_no_question_until_its_end() -> None:
 async def test_a_job_that_redis_forgot_is_submitted_again() -> None:
     jobs = FakeJobs(state=JobState.QUEUED, attempts=0)
     async with hub_of(jobs) as hub:
-        await hub._subscribe(LANE)
+        await hub.listen(LANE)
         async with hub.follow(JOB_ID, submitted=JOB):
             jobs.exists = False
             jobs.reconnect()
