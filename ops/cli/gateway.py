@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
             access_log=False,
             ws_max_size=settings.payload_limit,
             ws_ping_interval=20,
+            ws_ping_timeout=70,
             timeout_graceful_shutdown=10,
         )
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.job import JobState
 from gateway.formats.base import ServerEvent
 from gateway.streaming import encode_event
 from tests.gateway.conftest import StartGateway
@@ -69,8 +70,12 @@ async def test_a_client_that_leaves_cancels_its_job_after_the_grace(
         await eventually(lambda: any(job.gateways for job in worker.running.values()))
     await eventually(lambda: gateway.services.hub.num_jobs == 0, what="the gateway noticed")
     await eventually(lambda: not any(job.gateways for job in worker.running.values()), what="the worker was told")
-    record = await gateway.services.jobs.record(job_id[4:])
-    assert record is not None
+
+    async def is_cancelled() -> bool:
+        record = await gateway.services.jobs.record(job_id[4:])
+        return record is not None and record.state is JobState.CANCELLED
+
+    await eventually(is_cancelled, what="a job without a grace ends when nobody follows it")
 
 
 async def test_a_waiting_client_that_leaves_is_noticed(gateway: LiveGateway, worker: ScriptedWorker) -> None:

@@ -195,8 +195,12 @@ async def test_a_client_that_leaves_lets_go_of_its_job(open_house: OpenHouse) ->
         return not house.services.hub.num_followers and not house.services.admission.num_open
 
     await eventually(is_unfollowed, "nobody follows the job")
-    record = await house.services.jobs.record(taken.job.job_id)
-    assert record is not None and record.state is JobState.IN_PROGRESS
+
+    async def is_cancelled() -> bool:
+        record = await house.services.jobs.record(taken.job.job_id)
+        return record is not None and record.state is JobState.CANCELLED
+
+    await eventually(is_cancelled, "a job without a grace is cancelled when nobody follows it")
 
 
 async def test_long_prompts_are_tokenised_too(open_house: OpenHouse) -> None:
