@@ -23,6 +23,7 @@ from common.errors import ConfigurationError
 PROMPT = "Count to 100"
 KILL_AFTER = 20
 START_TIMEOUT_S = 180.0
+SHORT_LEASE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def fleet(folder: str, *, num_workers: int = 2, redis_url: str = "") -> Iterator[httpx.Client]:
+def fleet(
+    folder: str, *, num_workers: int = 2, redis_url: str = "", lease_s: float = SHORT_LEASE_S
+) -> Iterator[httpx.Client]:
     """A fleet of its own on a free port, gone at the end; yields a client of its gateway."""
     port = free_port()
     options = ["--port", str(port), "--workers", str(num_workers), "--data-dir", folder, "--hostname", "127.0.0.1"]
     environment = {key: value for key, value in os.environ.items() if key not in ("REDIS_URL", "API_KEY", "MODEL_ID")}
-    environment |= {"INFERFLEET_LEASE": "2", "GRACEFUL_TERMINATION_TIMEOUT": "5"}
+    environment |= {"INFERFLEET_LEASE": str(lease_s), "GRACEFUL_TERMINATION_TIMEOUT": "5"}
     environment |= {"REDIS_URL": redis_url} if redis_url else {}
     command = [sys.executable, "-m", "ops.cli", "up", *options]
     with open(os.path.join(folder, "fleet.log"), "wb") as log:
