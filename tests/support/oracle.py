@@ -104,14 +104,17 @@ def _generate(prompts: list[list[int]], max_new_tokens: int, repetition_penalty:
         )
     best = torch.stack(made.scores, 1).topk(2).values
     outputs, margins = made.sequences[:, len(prompts[0]) :].tolist(), (best[..., 0] - best[..., 1]).tolist()
-    return [
-        _until_end(ids, row, model.generation_config.eos_token_id) for ids, row in zip(outputs, margins, strict=True)
-    ]
+    return [_until_end(ids, row) for ids, row in zip(outputs, margins, strict=True)]
 
 
-def _until_end(ids: list[int], margins: list[float], ends: int | list[int]) -> Greedy:
-    known = [ends] if isinstance(ends, int) else ends
-    length = next((index + 1 for index, token in enumerate(ids) if token in known), len(ids))
+def end_ids() -> list[int]:
+    """The tokens that end an answer of the demo model."""
+    ends = _exact().generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
+def _until_end(ids: list[int], margins: list[float]) -> Greedy:
+    length = next((index + 1 for index, token in enumerate(ids) if token in end_ids()), len(ids))
     return Greedy(tuple(ids[:length]), min(margins[:length]))
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -15,23 +14,14 @@ import torch
 from common.job import PenaltyKind, SamplingParams
 from common.settings import WorkerSettings
 from tests.support import tiny_models
+from tests.support.engine_run import Engine, Run
 from worker.engine.blocks import BlockDigests
-from worker.engine.device import Device
-from worker.engine.loop import EngineLoop
-from worker.engine.pacing import PrefillPacer
-from worker.engine.scheduler import Scheduler, limits_of
-from worker.pipe import Abort, Commit, Ready, Step, Submit, TokenRun
+from worker.engine.scheduler import Scheduler
+from worker.pipe import Abort, Submit
 from worker.runner.load import load_device
 
 NUM_SHORT, NUM_LONG = 40, 24
 EOS = [tiny_models.NUM_BYTES + 1]
-
-
-@dataclass
-class Engine:
-    device: Device
-    ready: Ready
-    reference: Any
 
 
 @pytest.fixture(scope="module")
@@ -78,43 +68,6 @@ def traffic(seed: int) -> list[Submit]:
             Submit(request_id=f"r{index}", epoch=1, prompt_ids=prompt, output_ids=[], params=params, eos_token_ids=EOS)
         )
     return submits
-
-
-class Run:
-    """One engine core over the device, from its first request to its last."""
-
-    def __init__(self, engine: Engine, scheduler_class: type[Scheduler] = Scheduler) -> None:
-        self.scheduler = scheduler_class(limits_of(engine.ready, prefix_caching=True))
-        self.inbox: SimpleQueue = SimpleQueue()
-        self.runs: dict[str, list[TokenRun]] = {}
-        pacer = PrefillPacer(engine.ready.max_batch_prefill_tokens, 0.0)
-        self.loop = EngineLoop(engine.device, self.scheduler, pacer, self.inbox, self._receive)
-
-    def submit(self, message: Submit) -> None:
-        self.runs[message.request_id] = []
-        self.inbox.put(message)
-
-    def run_pass(self) -> None:
-        if self.scheduler.has_requests or not self.inbox.empty():
-            assert self.loop.take_messages()
-            self.loop.run_pass()
-
-    def finish(self) -> None:
-        while self.scheduler.has_requests or not self.inbox.empty():
-            self.run_pass()
-            self.scheduler.check()
-
-    def outcome(self, request_id: str) -> tuple[list[int], str]:
-        runs = self.runs[request_id]
-        return [token for run in runs for token in run.ids], runs[-1].finish if runs else ""
-
-    def logprobs(self, request_id: str) -> list[float]:
-        return [value for run in self.runs[request_id] for value in run.logprobs]
-
-    def _receive(self, step: Step) -> None:
-        for run in step.runs:
-            self.runs[run.request_id].append(run)
-        self.inbox.put(Commit(step.step))
 
 
 def crowd(engine: Engine, submits: list[Submit], scheduler_class: type[Scheduler] = Scheduler) -> tuple[Run, set[str]]:
