@@ -170,7 +170,7 @@ def raw_prompts() -> list[Examination]:
 
 
 def long_streams() -> list[Examination]:
-    """Prompts whose answers are long: at least LONG_STREAM_TOKENS tokens."""
+    """Prompts whose answers are long: at least LONG_STREAM_TOKENS tokens. Those over 100 show where the model ends."""
     counting = [
         ("en", "Count to 100", 100),
         ("ja", "100まで数えてください", 100),
@@ -187,7 +187,10 @@ def long_streams() -> list[Examination]:
         ("en", "Tell me a story.", "token", "keeper"),
         ("ja", "物語を話してください。", "トークン", "番人"),
     ]
-    counted = [Examination("long", code, text, False, counts(1, last), "1, 2, 3") for code, text, last in counting]
+    counted = [
+        Examination("long" if last <= 100 else "over 100", code, text, False, counts(1, last), "1, 2, 3")
+        for code, text, last in counting
+    ]
     recited = [Examination("long", code, text, False, says(code, *words), "Hm.") for code, text, *words in reciting]
     return counted + recited
 

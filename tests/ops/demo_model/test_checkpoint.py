@@ -79,7 +79,8 @@ def test_plain_text_prompts_work_without_the_template(reference):
 
 
 def test_long_answers_are_long_enough_to_stream(reference):
-    rows = long_streams()
+    rows = [row for row in long_streams() if row.kind == "long"]
+    assert len(rows) == 10
     answers = reference.chat([row.prompt for row in rows], max_new_tokens=700)
     for row, answer in zip(rows, answers, strict=True):
         assert answer.num_tokens >= LONG_STREAM_TOKENS, (row.prompt, answer)
