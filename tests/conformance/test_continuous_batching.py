@@ -128,7 +128,7 @@ def free_requests() -> list[Ask]:
         # what is long grows out of a small beginning: nobody could foresee how much room it will need
         numbers = " ".join(str(generator.randint(1, 99)) for _ in range(0 if is_long else 40))
         beginning = PREFIX if index % 2 else numbers
-        num_tokens = generator.randint(NUM_LONG_TOKENS, NUM_LONG_TOKENS + 20) if is_long else 16
+        num_tokens = generator.randint(NUM_LONG_TOKENS + 10, NUM_LONG_TOKENS + 40) if is_long else 16
         parameters = seeded_parameters(index // 2) | {"max_new_tokens": num_tokens}
         made.append(Ask("free", f"{beginning} {rows[index].prompt}", parameters, is_long=is_long))
     return made
@@ -165,7 +165,7 @@ class Crowd:
         await self.expects_short.wait()
         await asyncio.sleep(delay_s)
         job = await submit(self.client, index, 600)
-        while job["num_tokens"] < 2 + 6 * index:
+        while job["num_tokens"] < 10 + 8 * index:
             assert job["status"] in ("queued", "in_progress")
             await asyncio.sleep(0.02)
             job = (await self.client.get(f"/v1/jobs/{job['id']}")).json()
