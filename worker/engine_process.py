@@ -96,7 +96,7 @@ def _receive(stream: BinaryIO, inbox: Inbox) -> None:
         while (message := read_message(stream)) is not None:
             inbox.put(message)
     except (OSError, WireError) as error:
-        logger.warning("the agent is gone: %s", error)
+        logger.warning("the connection to the agent broke: %s", error)
     inbox.put(None)
     time.sleep(GRACE_AFTER_END_S)
     os._exit(1)
