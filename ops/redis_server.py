@@ -166,6 +166,8 @@ def _options(directory: Path, socket: str, ephemeral: bool, maxmemory: int | str
         "maxmemory": str(maxmemory or default_memory()),
         "maxmemory-policy": "noeviction",
         "client-output-buffer-limit": "pubsub 64mb 32mb 20",
+        "latency-tracking": "no",
+        "slowlog-log-slower-than": "-1",
     }
     return [part for name, value in options.items() for part in (f"--{name}", *(value.split(" ")))]
 

@@ -8,8 +8,8 @@ from common import wire
 from common.job import FinishReason, JobState, TokenColumns
 from common.store.replies import Chunk, Finish, StepCall, StepReply
 
-CHUNK_TOKENS = 32
-CHUNK_AGE_STEPS = 32
+CHUNK_TOKENS = 64
+CHUNK_AGE_STEPS = 64
 NUM_URGENT_TOKENS = 3
 
 
