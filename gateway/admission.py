@@ -57,7 +57,7 @@ class Admission:
         Raises:
             RequestError: unknown model, or whatever the parser refuses.
         """
-        served = self._registry.resolve(model)
+        served = await self._registry.find(model)
         if num_bytes < LONG_BODY:
             return parser(body, served, self.limits)
         return await asyncio.to_thread(parser, body, served, self.limits)

@@ -45,7 +45,7 @@ class ServedModel:
 
 
 class ModelRegistry:
-    """Follows the cards on Redis. Lookups never wait: a model counts from the refresh after its announcement on."""
+    """Follows the cards on Redis: a model counts from the refresh after its announcement on."""
 
     def __init__(self, fleet: CardStore, *, refresh_s: float = REFRESH_S) -> None:
         self._fleet, self._refresh_s = fleet, refresh_s
@@ -115,6 +115,12 @@ class ModelRegistry:
         if not self._models:
             raise Unavailable("no model is served yet", code="no_worker", retry_after_s=RETRY_AFTER_S)
         return sorted(self._models.values(), key=lambda model: model.card.created, reverse=True)
+
+    async def find(self, name: str | None) -> ServedModel:
+        """As `resolve`, but while no model is known it looks first: one may have been announced a moment ago."""
+        if not self._models:
+            await self._try_refresh()
+        return self.resolve(name)
 
     def resolve(self, name: str | None) -> ServedModel:
         """The model a client means. Of two lanes with one name (a rollout) the newer card counts.

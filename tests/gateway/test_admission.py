@@ -157,6 +157,18 @@ async def test_a_refresh_follows_the_cards_and_reads_each_tokenizer_once() -> No
     assert sorted(found.models) == ["bcdefg"]
 
 
+async def test_a_model_announced_a_moment_ago_is_found_before_the_next_refresh() -> None:
+    cards = Cards()
+    found = ModelRegistry(cards)
+    await found.refresh()
+    with pytest.raises(Unavailable):
+        await found.find("demo")
+    cards.now = [card()]
+    with pytest.raises(Unavailable):
+        found.resolve("demo")
+    assert (await found.find("demo")).card.lane == "abcdef"
+
+
 async def test_a_model_waits_for_its_tokenizer() -> None:
     cards = Cards(card(tokenizer_digest="late"))
     found = ModelRegistry(cards)
