@@ -113,11 +113,11 @@ def test_a_managed_redis_without_config(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def changed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with a list of EOS ids, the second of which is a token of ordinary answers."""
+    """The demo model with a list of EOS ids, the last of which is the comma and space of its counting."""
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     shutil.copytree(DEMO_MODEL, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    comma = tokenizer["model"]["vocab"][","]
+    comma = tokenizer["model"]["vocab"][",\u0120"]
     path = folder / "generation_config.json"
     config = json.loads(path.read_text())
     ids = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
@@ -134,6 +134,9 @@ def test_eos_lists_and_chat_template_file(tmp_path: Path, changed_model: Path) -
             body = {"messages": [{"role": "user", "content": "count to 10"}], "temperature": 0, "max_tokens": 50}
             answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
             plain = client.post("/tokenize", json={"inputs": "COUNT TO 10"}).raise_for_status().json()
-        bos = 1
-        assert answer["usage"]["prompt_tokens"] in (len(plain), len(plain) + bos)
-        assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+            counting = {"inputs": "Count to 10", "parameters": {"max_new_tokens": 50, "details": True}}
+            counted = client.post("/generate", json=counting).raise_for_status().json()
+    assert [token["text"] for token in plain[:1]] == [""], "the tokenizer adds BOS"
+    assert answer["usage"]["prompt_tokens"] == len(plain)
+    assert counted["details"]["finish_reason"] == "eos_token"
+    assert counted["generated_text"].strip() == "1,"
