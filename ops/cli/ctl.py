@@ -17,7 +17,7 @@ from common.errors import ConfigurationError
 FLEET = "/v1/fleet"
 COLUMNS = {
     "workers": ("id", "state", "model", "host", "pid", "running", "waiting"),
-    "jobs": ("id", "status", "model", "tenant", "worker", "num_tokens", "attempts"),
+    "jobs": ("id", "status", "worker", "num_tokens", "attempts"),
     "queue": ("model", "queued", "running", "queued_tokens", "workers", "dead_letters"),
     "keys": ("id", "tenant", "created_at"),
 }
@@ -113,7 +113,7 @@ def _show(command: str, answer: Any) -> None:
     # ids are for copying: never cut
     table = Table(*(Column(name, no_wrap=name in ("id", "job_id"), overflow="fold") for name in columns))
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+        table.add_row(*("-" if row.get(column) is None else str(row[column]) for column in columns))
     Console().print(table if rows else "none")
 
 
