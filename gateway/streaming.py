@@ -85,6 +85,7 @@ async def sse_response(
         if start and not isinstance(renderer, JobEvents):
             renderer.prefix(await _first(follower, start))
     except BaseException:
+        # until the stream exists nobody else lets go of the job, also when the client leaves meanwhile
         await stack.aclose()
         raise
     stream = EventStream(

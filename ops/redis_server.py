@@ -90,6 +90,7 @@ def start_embedded(
         process = _spawn(command, directory, lock.fileno())
         _wait_until_ready(process, socket, directory)
     except BaseException:
+        # Ctrl-C too must leave the folder free for the next start
         lock.close()
         raise
     return RedisServer(f"unix://{socket}", process, directory, lock)

@@ -99,6 +99,7 @@ class Connection:
             await connection.close()
             raise StoreUnavailable(f"cannot reach Redis: {error}") from error
         except BaseException:
+            # a cancellation too must not leave the pool open
             await connection.close()
             raise
         return connection

@@ -101,6 +101,7 @@ class Subscription:
             for lane in list(self._lanes):
                 await self._confirmation(lane)
         except BaseException:
+            # without __aenter__ there is no __aexit__, and a cancellation too must not leave the reader behind
             await self._close()
             raise
         return self

@@ -148,6 +148,7 @@ async def many_streams(call: Call, drafts: Sequence[JobDraft]) -> Response:
             follower = await stack.enter_async_context(follow)
             branches.append(_Branch(len(branches), follower, CompletionRenderer(follower.record, special_ids)))
     except BaseException:
+        # a client that leaves now cancels this: nobody may stay followed, no prompt may run on
         await stack.aclose()
         await _cancel(call, admitted)
         raise
