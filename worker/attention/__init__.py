@@ -22,20 +22,36 @@ class Batch:
     `num_queries` [n] tokens of each row in this step; `starts` [n] tokens it had before, whose keys and values are in
     pages already; `block_tables` [n, b] pages of each row, of which the first ceil((start + queries) / page size) are
     legal; `slots` int64 [t] index of each token's place among all places of all pages.
+
+    With `num_keys` [n] attention is not causal: each query of a row sees the first `num_keys` keys of its pages, all of
+    them (an encoder's own tokens, or what it left for its decoder), and `starts` only says where queries stand.
     """
 
     num_queries: Integers
     starts: Integers
     block_tables: Integers
     slots: Tensor
+    num_keys: Integers | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerShape:
-    """What of a layer attention must know. `window`: keys a query sees, its own included; None sees all before."""
+    """What of a layer attention must know; layers that attend alike share one object, which may be used as a key.
+
+    scale         factor on the products of queries and keys
+    window        keys a query sees, its own included; None sees all before
+    softcap       scores become softcap * tanh(score / softcap), after `scale`, before any bias
+    slopes        float32 [heads]: slope * (key position - query position) is added to the scores (ALiBi, Press et al.,
+                  arXiv 2108.12409)
+    bias          float32 [heads, 2 * reach + 1]: what is added by key position - query position, which is clamped to
+                  -reach .. reach (T5's relative bias, Raffel et al., arXiv 1910.10683)
+    """
 
     scale: float
-    window: int | None
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Attention(Protocol):
@@ -45,7 +61,8 @@ class Attention(Protocol):
         """Precompute what all layers of the step share."""
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: Any, layer: LayerShape) -> Tensor:
-        """Causal attention of this step's queries over the pages, which hold the step's own keys already.
+        """Attention of this step's queries over the pages, which hold the step's own keys already: causal, or over
+        `num_keys` where the batch says so.
 
         `q` [t, heads, d], pages [pages, page size, kv heads, d]; heads is a multiple of kv
         heads. Returns [t, heads, d].
