@@ -66,7 +66,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` explain the chosen limits."""
+    """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` explain the chosen limits.
+
+    `decoder_start_id` is the first token of every answer of an encoder-decoder model, whose prompts go to the encoder;
+    None for all others.
+    """
 
     vocab_size: int
     dtype: str
@@ -80,6 +84,7 @@ class Ready:
     max_batch_prefill_tokens: int
     step_limit_s: float
     reasons: list[str]
+    decoder_start_id: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,7 +9,8 @@ Memory of a device, as the engine core addresses it:
   its own for padding.
 
 A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is
-larger than max_batch_prefill_tokens + max_num_seqs tokens.
+larger than max_batch_prefill_tokens + max_num_seqs tokens. An encoder's input cannot be cut; it takes what it has out of
+the same budget, and is never longer than all of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
 TOKEN_ON_DEVICE = -1
+NO_IDS: Ints = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,11 @@ class RowInit:
     which keys its noise, is `position of its last input + 1 - p`. While that index is below `params.min_tokens`,
     the sampler must never pick one of `stop_ids` int32 [s] (end-of-sequence ids unless ignored, and the stop token
     ids).
+
+    Encoder-decoder models only: `encoder_ids` int32 [e] run through the encoder before the step's forward pass, and the
+    keys and values they leave for the decoder go to the pages `cross_blocks` int32 [ceil(e / block size)], which stay
+    as they are until the row is freed. Prompt and output are the decoder's then: the prompt is its start token. At
+    most one row of a plan brings encoder ids.
     """
 
     row: int
@@ -46,6 +53,8 @@ class RowInit:
     prompt_ids: Ints
     output_ids: Ints
     stop_ids: Ints
+    encoder_ids: Ints = NO_IDS
+    cross_blocks: Ints = NO_IDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
