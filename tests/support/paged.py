@@ -14,8 +14,8 @@ from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
+from worker.model.loading import load_weights
 from worker.model.spec import Spec
-from worker.model.weights import load_weights
 
 BLOCK_SIZE = 16
 
@@ -25,7 +25,7 @@ def load_decoder(
 ) -> Decoder:
     """The model of a folder; `spec` replaces what its config says."""
     read, family = read_spec(read_config(folder))
-    weights = load_weights(spec or read, family.names, Checkpoint(folder), dtype)
+    weights = load_weights(spec or read, family, Checkpoint(folder), dtype)
     return Decoder(spec or read, weights, attention or CpuAttention())
 
 

@@ -9,7 +9,7 @@ Memory of a device, as the engine core addresses it:
   its own for padding.
 
 A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is
-larger than max_batch_prefill_tokens + max_num_seqs tokens. An encoder's input cannot be cut; it takes what it has out of
+larger than max_batch_prefill_tokens + max_num_seqs tokens. An encoder's input cannot be cut; it comes out of
 the same budget, and is never longer than all of it.
 """
 
@@ -53,8 +53,8 @@ class RowInit:
     prompt_ids: Ints
     output_ids: Ints
     stop_ids: Ints
-    encoder_ids: Ints = NO_IDS
-    cross_blocks: Ints = NO_IDS
+    encoder_ids: Ints = field(default_factory=lambda: NO_IDS)
+    cross_blocks: Ints = field(default_factory=lambda: NO_IDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import ConfigurationError
-
-ProgressFunction = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+from worker.model.weights import Part
 
 MAX_HEADER_BYTES = 100_000_000
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+SHARD_NAME = re.compile(r"-of-0*([2-9]|[1-9]\d+)\.safetensors$")
+"""The name of one of several files: alone it is no model."""
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold although they follow from the config."""
 
@@ -32,7 +34,9 @@ class Checkpoint:
         ConfigurationError: if the folder has no safetensors, or files that its index names are missing or damaged.
     """
 
-    def __init__(self, folder: Path, on_progress: ProgressFunction | None = None) -> None:
+    device = "cpu"
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.files = find_files(folder)
         self._places: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -40,7 +44,6 @@ class Checkpoint:
             for name, entry in read_header(path).items():
                 self._places[name] = (path, entry)
         self._left = set(self._places)
-        self._on_progress, self._done = on_progress, 0
         self._handles: dict[Path, Any] = {}
 
     @property
@@ -64,21 +67,26 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self._places
 
-    def copy_into(self, name: str, target: Tensor) -> None:
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         if name not in self._places:
             raise ConfigurationError(f"{self._folder}: tensor {name} is missing; the checkpoint is incomplete")
         path, entry = self._places[name]
-        if list(entry["shape"]) != list(target.shape):
+        expected = list(reversed(part.shape) if part.is_transposed else part.shape)
+        if list(entry["shape"]) != expected:
             raise ConfigurationError(
-                f"{self._folder}: tensor {name} has shape {list(entry['shape'])}, "
-                f"but config.json asks for {list(target.shape)}"
+                f"{self._folder}: tensor {name} has shape {list(entry['shape'])}, but config.json asks for {expected}"
             )
-        target.copy_(self._open(path).get_tensor(name))
+        stored, start = self._open(path).get_slice(name), 0
+        for rows in part.rows:
+            target[start : start + len(rows)].copy_(_read(stored, rows, part))
+            start += len(rows)
         self._left.discard(name)
-        self._report(_num_bytes(entry))
 
-    def finish(self) -> None:
-        left = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
+    def skip(self, name: str) -> None:
+        self._left.discard(name)
+
+    def finish(self, ignored: Sequence[str] = ()) -> None:
+        left = sorted(name for name in self._left if not name.endswith((*IGNORED_SUFFIXES, *ignored)))
         self._handles.clear()
         if left:
             raise ConfigurationError(
@@ -94,38 +102,62 @@ class Checkpoint:
                 raise ConfigurationError(f"{path} is damaged ({error}); download it again") from error
         return self._handles[path]
 
-    def _report(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        if self._on_progress is not None:
-            self._on_progress(self._done, self.num_bytes)
+
+def _read(stored: Any, rows: range, part: Part) -> Tensor:
+    """`rows` of a slice that is read only where it is looked at, in our layout."""
+    row_slice = slice(rows.start, rows.stop)
+    if part.columns is None:
+        result: Tensor = stored[row_slice]
+        return result
+    column_slice = slice(part.columns.start, part.columns.stop)
+    result = stored[column_slice, row_slice].t() if part.is_transposed else stored[row_slice, column_slice]
+    return result
 
 
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of its index, else model.safetensors, else the only one there is.
+
+    Files called consolidated are left alone: they hold the weights once more, in their maker's own layout.
 
     Raises:
         ConfigurationError: if there are none, or files of the index are missing.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return _files_of_index(index)
-    found = sorted(folder.glob("*.safetensors"))
+        return files_of_index(index)
+    found = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
     single = folder / "model.safetensors"
-    if single in found or len(found) == 1:
+    if single in found or (len(found) == 1 and not SHARD_NAME.search(found[0].name)):
         return [single if single in found else found[0]]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ConfigurationError(
-            f"{folder} has only pickled weights, which are never loaded because unpickling runs code; "
-            "use a revision with safetensors files"
+    raise ConfigurationError(_why_no_files(folder, found))
+
+
+def _why_no_files(folder: Path, found: list[Path]) -> str:
+    if found:
+        return (
+            f"{folder} has {found[0].name} but neither model.safetensors nor model.safetensors.index.json; finish "
+            "`inferfleet prepare` or download the rest"
         )
-    raise ConfigurationError(f"{folder} has no model.safetensors; check --model-id or use --load-format dummy")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return (
+            f"{folder} has only pickled weights, which are never loaded because unpickling runs code; "
+            f"`{shlex.join(['inferfleet', 'prepare', str(folder)])}` converts them"
+        )
+    if any(folder.glob("consolidated*.safetensors")):
+        return f"{folder} has weights in their maker's own layout only; use a revision with model.safetensors"
+    return f"{folder} has no model.safetensors; check --model-id or use --load-format dummy"
 
 
-def _files_of_index(index: Path) -> list[Path]:
+def files_of_index(index: Path) -> list[Path]:
+    """The files of weights that an index names, each once, in the order of their names.
+
+    Raises:
+        ConfigurationError: if it is no index, or names files that are missing or elsewhere.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"{index} is not an index of safetensors files") from error
+        raise ConfigurationError(f"{index} is not an index of weight files") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ConfigurationError(f"{index} names files outside its folder")
     files = [index.parent / name for name in names]

@@ -94,8 +94,16 @@ class ConfigReader:
             raise self.error(f"{name} {value!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def rope(self, max_positions: int, default_theta: float = 10_000.0) -> Rope:
+    def rename(self, **names: str) -> None:
+        """Values under a key of `names` move to the key it stands for, unless that one has a value already."""
+        for old, new in names.items():
+            if old in self._values:
+                self._values.setdefault(new, self._values[old])
+                self._consumed.add(old)
+
+    def rope(self, default_theta: float = 10_000.0) -> Rope:
         """Rope in one form out of `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones)."""
+        max_positions = self.integer("max_position_embeddings")
         theta = self.number("rope_theta", default_theta)
         scaling, parameters = self.get("rope_scaling"), self.get("rope_parameters")
         inner = ConfigReader(scaling or parameters or {}, f"{self._where}: rope parameters")
@@ -111,8 +119,8 @@ class ConfigReader:
     def rope_kind(self) -> RopeKind:
         name = self.get("rope_type") or self.get("type") or "default"
         self._consumed.add("type")
-        if name not in list(RopeKind):
-            known = ", ".join(RopeKind)
+        if name not in list(ROPE_KEYS):
+            known = ", ".join(ROPE_KEYS)
             raise self.error(f"rope_type {name!r} is not available in this version; available are {known}")
         return RopeKind(name)
 

@@ -1,7 +1,18 @@
-"""The one decoder block, driven by a Spec, over the pages of a KV pool."""
+"""The one decoder block, driven by a Spec, over the pages of a KV pool.
+
+    x = embed(tokens) * scale [+ learned positions] [norm] [project in]
+    each layer, by its residual form (see Residual):
+        q, k, v = split(norm(x) @ qkv)   [clamp] [norm of q, k] [rope]   k, v -> pages
+        x = x + attention(q, pages) @ out
+        x = x + feed forward network or mixture of experts
+    logits = [project out](norm(x)) @ head * scale [softcap]
+
+Ranks hold parts of heads, widths and vocabulary, and add up what they have before each "x +".
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,19 +21,53 @@ from torch import Tensor
 
 from worker.attention import Attention, Batch, LayerShape, write_pages
 from worker.model import rope
-from worker.model.layers import ACTIVATION_FUNCTIONS, linear, rms_norm
-from worker.model.spec import Spec
-from worker.model.weights import DecoderWeights, LayerWeights
+from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, linear, mlp, rms_norm, softcap
+from worker.model.moe import mixture
+from worker.model.spec import Norm, QkNorm, Residual, Rope, Spec
+from worker.model.weights import DecoderWeights, LayerWeights, MoeWeights, NormWeights
+from worker.parallel.group import Alone, Group
+
+Turns = tuple[Tensor, Tensor]
+
+
+@dataclass(slots=True)
+class _Step:
+    """What all layers of a step share: angles by rope, places for keys and values, and attention's own."""
+
+    turns: dict[Rope, Turns]
+    slots: Tensor
+    pages: Tensor
+    meta: Any
 
 
 class Decoder:
-    """Forward pass of a batch of chunks. Holds weights, no state of requests."""
+    """Forward pass of a batch of chunks on one rank. Holds weights, no state of requests.
 
-    def __init__(self, spec: Spec, weights: DecoderWeights, attention: Attention) -> None:
+    `max_length` is the most tokens that a request may have; ropes that depend on a length take this one for all.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        weights: DecoderWeights,
+        attention: Attention,
+        group: Group | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self.spec, self._weights, self._attention = spec, weights, attention
+        self._group = group or Alone()
+        shard = self._group.shard
+        self._num_heads = len(shard.heads(spec.num_heads))
+        self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
+        self.vocabulary = shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
-        self._frequencies = rope.inverse_frequencies(spec.rope, spec.head_dim)
-        self._shapes = [LayerShape(spec.scale, window) for window in spec.windows]
+        self._frequencies = {
+            turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
+            for turning in set(filter(None, spec.ropes))
+        }
+        # the factor was rounded to the type of the weights when such models were trained
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype)
+        self._shapes = self._layer_shapes()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -31,39 +76,130 @@ class Decoder:
     def forward(self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.
 
-        `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, kv heads, d]; `wanted` int64 [k] indices
-        of the tokens whose logits are needed. Returns logits [k, vocab].
+        `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, d]; `wanted` int64
+        [k] indices of the tokens whose logits are needed. Returns logits [k, the rank's part of the vocabulary].
         """
-        x = F.embedding(tokens, self._weights.embed)
-        turns = rope.angles(positions, self._frequencies, x.dtype)
-        meta = self._attention.prepare(batch, pages.shape[3])
-        for index, weights in enumerate(self._weights.layers):
-            normed = rms_norm(x, weights.attention_norm, self.spec.norm_eps)
-            x = x + self._attend(normed, weights, turns, batch.slots, pages[index], meta, self._shapes[index])
-            x = x + self._mlp(rms_norm(x, weights.mlp_norm, self.spec.norm_eps), weights)
-        x = rms_norm(x[wanted], self._weights.final_norm, self.spec.norm_eps)
-        return F.linear(x, self._weights.head)
+        x = self._embed(tokens, positions)
+        turns = {
+            turning: rope.angles(positions, frequencies, x.dtype, turning.amplitude)
+            for turning, frequencies in self._frequencies.items()
+        }
+        step = _Step(turns, batch.slots, pages, self._attention.prepare(batch, pages.shape[3]))
+        run = self._parallel if self.spec.residual.is_parallel else self._sequential
+        for layer, weights in enumerate(self._weights.layers):
+            x = run(x, weights, step, layer)
+        return self._logits(x[wanted])
 
-    def _attend(
-        self,
-        x: Tensor,
-        weights: LayerWeights,
-        turns: tuple[Tensor, Tensor],
-        slots: Tensor,
-        pages: Tensor,
-        meta: Any,
-        shape: LayerShape,
-    ) -> Tensor:
-        spec = self.spec
-        heads = linear(x, weights.qkv).view(len(x), -1, spec.head_dim)
-        turned, v = torch.split(heads, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], 1)
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        weights = self._weights
+        x = vocabulary_parallel_embedding(tokens, weights.embed, self.vocabulary, self._group)
+        if self.spec.embedding_scale != 1.0:
+            x = x * self._embedding_scale
+        if weights.project_in is not None:
+            x = F.linear(x, weights.project_in)
+        if weights.positions is not None and self.spec.position_offset is not None:
+            x = x + F.embedding(positions + self.spec.position_offset, weights.positions)
+        return self._norm(x, weights.embedding_norm)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        spec, weights = self.spec, self._weights
+        x = self._norm(x, weights.final_norm)
+        if weights.project_out is not None:
+            x = F.linear(x, weights.project_out)
+        logits = linear(x, weights.head)
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        return logits if spec.logit_softcap is None else softcap(logits, spec.logit_softcap)
+
+    # One layer.
+
+    def _parallel(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+        normed = self._norm(x, weights.attention_norm)
+        mlp_input = normed if weights.mlp_norm is None else self._norm(x, weights.mlp_norm)
+        part = self._attend(normed, weights, step, layer) + self._feed_forward(mlp_input, weights)
+        return x + self._group.all_reduce(part)
+
+    def _sequential(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+        part = self._attend(self._norm(x, weights.attention_norm), weights, step, layer)
+        x = self._add(x, part, weights.attention_out_norm)
+        return self._add(x, self._feed_forward(self._norm(x, weights.mlp_norm), weights), weights.mlp_out_norm)
+
+    def _add(self, x: Tensor, part: Tensor, norm: NormWeights | None) -> Tensor:
+        part = self._group.all_reduce(part)
+        if self.spec.residual is Residual.POST:
+            return self._norm(x + part, norm)
+        part = self._norm(part, norm)
+        return x + (part if self.spec.residual_scale == 1.0 else part * self.spec.residual_scale)
+
+    def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
+        if weights is None:
+            return x
+        normalise = rms_norm if self.spec.norm is Norm.RMS else layer_norm
+        return normalise(x, weights, self.spec.norm_eps)
+
+    def _feed_forward(self, x: Tensor, weights: LayerWeights) -> Tensor:
+        if isinstance(weights.mlp, MoeWeights):
+            assert self.spec.moe is not None
+            return mixture(x, weights.mlp, self.spec.moe, self._activation)
+        return mlp(x, weights.mlp, self._activation, is_gated=self.spec.is_gated)
+
+    # Attention.
+
+    def _attend(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+        num_heads, num_kv_heads, pages = self._num_heads, self.num_kv_heads, step.pages[layer]
+        heads = linear(x, weights.qkv).view(len(x), -1, self.spec.head_dim)
+        if self.spec.clip_qkv is not None:
+            heads = heads.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
+        turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
         if weights.qk_norm is not None:
-            turned = rms_norm(turned, weights.qk_norm, spec.norm_eps)
-        q, k = torch.split(rope.rotate(turned, *turns), [spec.num_heads, spec.num_kv_heads], 1)
-        write_pages(pages[0], k, slots)
-        write_pages(pages[1], v, slots)
-        return linear(self._attention.attend(q, pages[0], pages[1], meta, shape).flatten(1), weights.out)
+            turned = self._normalise_qk(turned, weights.qk_norm)
+        turning = self.spec.ropes[layer]
+        if turning is not None:
+            turned = rope.rotate(turned, *step.turns[turning])
+        q, k = torch.split(turned, [num_heads, num_kv_heads], 1)
+        write_pages(pages[0], k, step.slots)
+        write_pages(pages[1], v, step.slots)
+        attended = self._attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
+        return linear(attended.flatten(1), weights.out)
 
-    def _mlp(self, x: Tensor, weights: LayerWeights) -> Tensor:
-        gate, up = linear(x, weights.gate_up).chunk(2, -1)
-        return linear(self._activation(gate) * up, weights.down)
+    def _normalise_qk(self, heads: Tensor, weights: NormWeights) -> Tensor:
+        if self.spec.qk_norm is QkNorm.HEAD:
+            return self._norm(heads, weights)
+        sizes = [self._num_heads, self.num_kv_heads]
+        parts = zip(torch.split(heads, sizes, 1), torch.split(weights.weight, sizes), strict=True)
+        return torch.cat([self._normalise_together(part, weight) for part, weight in parts], 1)
+
+    def _normalise_together(self, heads: Tensor, weight: Tensor) -> Tensor:
+        return self._norm(heads.flatten(1), NormWeights(weight.flatten(), None)).view(heads.shape)
+
+    def _layer_shapes(self) -> list[LayerShape]:
+        """One object for all layers that attend alike."""
+        spec, slopes = self.spec, None
+        if spec.alibi_scale is not None:
+            mine = self._group.shard.heads(spec.num_heads)
+            slopes = alibi_slopes(spec.num_heads)[mine.start : mine.stop] * spec.alibi_scale
+        by_window = {
+            window: LayerShape(spec.scale, window, spec.attention_softcap, slopes) for window in set(spec.windows)
+        }
+        return [by_window[window] for window in spec.windows]
+
+
+def vocabulary_parallel_embedding(tokens: Tensor, table: Tensor, mine: range, group: Group) -> Tensor:
+    """Look up [t] tokens in a table of which each rank holds some rows, [t, width]."""
+    if group.shard.size == 1:
+        return F.embedding(tokens, table)
+    local = tokens - mine.start
+    is_mine = (local >= 0) & (local < len(mine))
+    found = F.embedding(local.clamp(0, len(mine) - 1), table)
+    return group.all_reduce(found.masked_fill_(~is_mine[:, None], 0.0))
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """float32 [heads], falling from head to head (Press et al., arXiv 2108.12409).
+
+    For a head count that is no power of two: those of the next larger one, every second first.
+    """
+    size = 1 << (num_heads - 1).bit_length()
+    slopes = 2.0 ** (-8.0 * torch.arange(1, size + 1, dtype=torch.float64) / size)
+    ordered = slopes if size == num_heads else torch.cat((slopes[1::2], slopes[::2]))
+    return ordered[:num_heads].to(torch.float32)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.model.spec import Activation
-from worker.model.weights import Linear
+from worker.model.weights import Linear, MlpWeights, NormWeights
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
@@ -17,15 +17,24 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
 
-    The statistics are float32 whatever the type of `x`, the product with the weight is in the type of `x`: models were
-    trained with exactly these roundings.
+    The statistics are float32 whatever the type of `x`; the product with the weight is in the wider type of weight and
+    `x`: models were trained with exactly these roundings.
     """
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
+    narrow = wide if weights.weight.dtype is torch.float32 else wide.to(x.dtype)
+    return (narrow * weights.weight).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
+    """Layer norm over the last dimension (Ba et al., arXiv 1607.06450); a weight may differ by head."""
+    if weights.weight.dim() == 1:
+        return F.layer_norm(x, weights.weight.shape, weights.weight, weights.bias, eps)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps) * weights.weight
+    return normed if weights.bias is None else normed + weights.bias
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -38,3 +47,17 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU_TANH: _gelu_tanh,
     Activation.RELU: F.relu,
 }
+
+
+def mlp(x: Tensor, weights: MlpWeights, activation: Callable[[Tensor], Tensor], *, is_gated: bool) -> Tensor:
+    """The feed-forward network of one rank, whose results ranks add up. [t, hidden] -> [t, hidden]."""
+    inner = linear(x, weights.up)
+    if not is_gated:
+        return linear(activation(inner), weights.down)
+    gate, up = inner.chunk(2, -1)
+    return linear(activation(gate) * up, weights.down)
+
+
+def softcap(x: Tensor, limit: float) -> Tensor:
+    """limit * tanh(x / limit) (Gemma 2, arXiv 2408.00118)."""
+    return torch.tanh(x / limit) * limit

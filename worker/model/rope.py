@@ -10,9 +10,10 @@ from torch import Tensor
 from worker.model.spec import Rope, RopeKind
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, float32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> Tensor:
+    """Radians per position, float32 [rotary dim / 2]. `max_length`: the most tokens that a sequence may have."""
+    size = rope.rotary_dim or head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind is RopeKind.LINEAR:
         return frequencies / rope.factor
@@ -29,13 +30,19 @@ def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     return share * frequencies + (1.0 - share) * frequencies / rope.factor
 
 
-def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for `positions` [t], each [t, 1, head_dim / 2] of `dtype`, computed in float32."""
+def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> tuple[Tensor, Tensor]:
+    """`amplitude` times cosine and sine for `positions` [t], each [t, 1, rotary dim / 2] of `dtype`, computed in
+    float32."""
     radians = positions.to(torch.float32)[:, None, None] * frequencies
-    return radians.cos().to(dtype), radians.sin().to(dtype)
+    cos, sin = radians.cos(), radians.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of every head of `x` [t, heads, head_dim] against each other."""
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    """Turn the halves of the first elements of every head of `x` [t, heads, head_dim] against each other."""
+    size = 2 * cos.shape[-1]
+    first, second = x[..., :size].chunk(2, -1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned if size == x.shape[-1] else (*turned, x[..., size:]), -1)

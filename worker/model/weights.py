@@ -1,16 +1,13 @@
-"""From named tensors to fused weights in the layout of the forward pass, one tensor in memory at a time."""
+"""The weights of one rank in the layout of the forward pass, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from worker.model.checkpoint import ProgressFunction
-from worker.model.spec import Spec
 
 DUMMY_SEED = 20240607
 
@@ -24,29 +21,80 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer, fused: `qkv` rows are queries, keys, values; `gate_up` rows are gate, then up.
+class NormWeights:
+    """`weight` and `bias` [size], or [heads, head_dim] for queries and keys."""
 
-    `qk_norm` [heads + kv heads, head_dim] holds the query norm once per head, then the key norm.
-    """
+    weight: Tensor
+    bias: Tensor | None
 
-    attention_norm: Tensor
-    qkv: Linear
-    qk_norm: Tensor | None
-    out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """`up` rows are gate, then up, where the network is gated, else up alone."""
+
+    up: Linear
     down: Linear
 
 
 @dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """`router` [experts, hidden] and `shared_gate` [1, hidden] are whole on every rank. Experts are stacked: `up`
+    [experts, 2 * width, hidden], gate rows before up rows, `down` [experts, hidden, width]; width is the rank's."""
+
+    router: Tensor
+    up: Tensor
+    down: Tensor
+    shared: MlpWeights | None
+    shared_gate: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer, fused: `qkv` rows are queries, keys, values.
+
+    A norm of queries and keys is [heads + kv heads, head_dim], query heads first.
+    """
+
+    attention_norm: NormWeights | None
+    qkv: Linear
+    qk_norm: NormWeights | None
+    out: Linear
+    attention_out_norm: NormWeights | None
+    mlp_norm: NormWeights | None
+    mlp: MlpWeights | MoeWeights
+    mlp_out_norm: NormWeights | None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """`embed` and `head` are [vocab, hidden], the same tensor where they are tied."""
+    """`embed` and `head.weight` are [rank's part of the vocabulary, width], the same tensor where they are tied."""
 
     embed: Tensor
+    positions: Tensor | None
+    embedding_norm: NormWeights | None
+    project_in: Tensor | None
     layers: list[LayerWeights]
-    final_norm: Tensor
-    head: Tensor
+    final_norm: NormWeights | None
+    project_out: Tensor | None
+    head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank wants of a stored tensor: runs of rows and one of columns, in our layout.
+
+    `shape` is that of the whole tensor, [rows] or [rows, columns]; with `is_transposed` the checkpoint stores it the
+    other way round.
+    """
+
+    shape: tuple[int, ...]
+    rows: Sequence[range]
+    columns: range | None = None
+    is_transposed: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(run) for run in self.rows)
 
 
 class TensorSource(Protocol):
@@ -55,111 +103,52 @@ class TensorSource(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def device(self) -> str:
+        """Where targets are to be; "meta" takes sizes without memory."""
+
     def has(self, name: str) -> bool: ...
 
-    def copy_into(self, name: str, target: Tensor) -> None:
-        """Fill `target`, converting to its dtype. Raises ConfigurationError naming a missing or misshapen tensor."""
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        """Fill `target` [rows of the part, columns of the part], converting to its dtype.
 
-    def finish(self) -> None:
-        """Raise ConfigurationError if tensors are left that nobody asked for."""
+        Raises:
+            ConfigurationError: naming a missing or misshapen tensor.
+        """
+
+    def skip(self, name: str) -> None:
+        """Another rank holds this one."""
+
+    def finish(self, ignored: Sequence[str] = ()) -> None:
+        """No more will be asked for.
+
+        Raises:
+            ConfigurationError: if tensors are left that nobody asked for and whose names do not end with one of
+                `ignored`.
+        """
 
 
 class DummySource:
     """Random weights of any shape from a fixed seed: norms are one, biases and matrices normal with deviation 0.02."""
 
     dtype = torch.bfloat16
+    device = "cpu"
 
-    def __init__(self, spec: Spec, on_progress: ProgressFunction | None = None) -> None:
+    def __init__(self, *, is_tied: bool, head_name: str) -> None:
         self._generator = torch.Generator().manual_seed(DUMMY_SEED)
-        self._is_tied, self._total = spec.is_tied, num_parameters(spec) * self.dtype.itemsize
-        self._on_progress, self._done = on_progress, 0
+        self._absent = {f"{head_name}.weight"} if is_tied else set()
 
     def has(self, name: str) -> bool:
-        return not (self._is_tied and name.startswith("lm_head"))
+        return name not in self._absent
 
-    def copy_into(self, name: str, target: Tensor) -> None:
-        if name.endswith("norm.weight"):
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        if target.dim() == 1 and name.endswith("weight"):
             target.fill_(1.0)
         else:
             target.normal_(0.0, 0.02, generator=self._generator)
-        self._done += target.numel() * self.dtype.itemsize
-        if self._on_progress is not None:
-            self._on_progress(min(self._done, self._total), self._total)
 
-    def finish(self) -> None:
+    def skip(self, name: str) -> None:
+        """Nothing is counted here."""
+
+    def finish(self, ignored: Sequence[str] = ()) -> None:
         """Every name exists here, so none can be left."""
-
-
-class _Builder:
-    """Allocates fused tensors and has the source fill their parts."""
-
-    def __init__(self, names: Mapping[str, str], source: TensorSource, dtype: torch.dtype) -> None:
-        self._names, self._source, self._dtype = names, source, dtype
-
-    def vector(self, name: str, size: int, layer: int = 0) -> Tensor:
-        return self._fill([(name, size)], "weight", (), layer)
-
-    def linear(self, parts: list[tuple[str, int]], num_in: int, has_bias: bool, layer: int = 0) -> Linear:
-        """One product out of several: `parts` are (our name, number of rows)."""
-        weight = self._fill(parts, "weight", (num_in,), layer)
-        return Linear(weight, self._fill(parts, "bias", (), layer) if has_bias else None)
-
-    def matrix(self, name: str, num_rows: int, num_in: int) -> Tensor:
-        return self._fill([(name, num_rows)], "weight", (num_in,), 0)
-
-    def has(self, name: str) -> bool:
-        return self._source.has(self._names[name] + ".weight")
-
-    def _fill(self, parts: list[tuple[str, int]], kind: str, width: tuple[int, ...], layer: int) -> Tensor:
-        target = torch.empty((sum(rows for _, rows in parts), *width), dtype=self._dtype)
-        start = 0
-        for name, rows in parts:
-            full_name = f"{self._names[name].format(i=layer)}.{kind}"
-            self._source.copy_into(full_name, target[start : start + rows])
-            start += rows
-        return target
-
-
-def load_weights(spec: Spec, names: Mapping[str, str], source: TensorSource, dtype: torch.dtype) -> DecoderWeights:
-    """Read all weights as `dtype` on the CPU.
-
-    Whether head and embedding are tied is decided by the checkpoint: without a head tensor they are, with a different
-    one they are not, whatever the config says.
-
-    Raises:
-        ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
-    """
-    builder = _Builder(names, source, dtype)
-    embed = builder.matrix("embed", spec.vocab_size, spec.hidden_size)
-    layers = [_load_layer(spec, builder, layer) for layer in range(spec.num_layers)]
-    final_norm = builder.vector("final_norm", spec.hidden_size)
-    head = builder.matrix("head", spec.vocab_size, spec.hidden_size) if builder.has("head") else embed
-    source.finish()
-    return DecoderWeights(embed, layers, final_norm, embed if torch.equal(head, embed) else head)
-
-
-def _load_layer(spec: Spec, builder: _Builder, layer: int) -> LayerWeights:
-    hidden, ffn = spec.hidden_size, spec.ffn_size
-    qkv = [("q", spec.query_size), ("k", spec.kv_size), ("v", spec.kv_size)]
-    return LayerWeights(
-        attention_norm=builder.vector("attention_norm", hidden, layer),
-        qkv=builder.linear(qkv, hidden, spec.qkv_bias, layer),
-        qk_norm=_load_qk_norm(spec, builder, layer) if spec.qk_norm else None,
-        out=builder.linear([("out", hidden)], spec.query_size, spec.out_bias, layer),
-        mlp_norm=builder.vector("mlp_norm", hidden, layer),
-        gate_up=builder.linear([("gate", ffn), ("up", ffn)], hidden, spec.mlp_bias, layer),
-        down=builder.linear([("down", hidden)], ffn, spec.mlp_bias, layer),
-    )
-
-
-def _load_qk_norm(spec: Spec, builder: _Builder, layer: int) -> Tensor:
-    query = builder.vector("q_norm", spec.head_dim, layer).expand(spec.num_heads, -1)
-    key = builder.vector("k_norm", spec.head_dim, layer).expand(spec.num_kv_heads, -1)
-    return torch.cat((query, key))
-
-
-def num_parameters(spec: Spec) -> int:
-    """Elements of all weights, biases and norms left out, an untied head included."""
-    attention = spec.hidden_size * (2 * spec.query_size + 2 * spec.kv_size)
-    layer = attention + 3 * spec.hidden_size * spec.ffn_size
-    return spec.num_layers * layer + spec.vocab_size * spec.hidden_size * (1 if spec.is_tied else 2)

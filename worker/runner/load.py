@@ -19,9 +19,13 @@ from worker.engine.device import fitting_total_tokens
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
-from worker.model.families import Family, read_spec
-from worker.model.spec import Spec
-from worker.model.weights import DUMMY_SEED, DummySource, TensorSource, load_weights, num_parameters
+from worker.model.families import read_spec
+from worker.model.families.base import Family
+from worker.model.loading import load_weights, weight_bytes
+from worker.model.spec import QkNorm, Spec
+from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
+from worker.parallel.group import Alone, Group
+from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
 from worker.runner.memory import available_bytes, readable
 from worker.runner.torch_device import TorchDevice
@@ -41,24 +45,45 @@ class Limits:
     max_batch_prefill_tokens: int
 
 
-def load_device(settings: WorkerSettings, on_progress: OnProgress) -> tuple[TorchDevice, Ready]:
-    """Load the model of `settings.model_id`, a local folder. `on_progress(phase, bytes done, bytes in all)`.
+def load_device(
+    settings: WorkerSettings, on_progress: OnProgress, group: Group | None = None
+) -> tuple[TorchDevice, Ready]:
+    """Load one rank's part of the model of `settings.model_id`, a local folder.
+
+    `on_progress(phase, bytes done, bytes in all)` counts the rank's bytes.
 
     Raises:
         ConfigurationError: if the model, an option or the memory does not allow it; one sentence with the fix.
     """
+    group = group or Alone()
     reasons: list[str] = []
     torch.set_num_threads(settings.threads or _num_cores())
     folder = Path(settings.model_id)
     config = read_config(folder)
     spec, family = read_spec(config)
-    source, digest, stored = _open(settings, folder, config, spec, on_progress)
+    check_shards(spec, group.shard.size)
+    source, digest, stored = _open(settings, folder, config, spec, family)
     dtype = choose_dtype(settings.dtype, stored, reasons)
-    _check_memory(num_parameters(spec) * dtype.itemsize)
-    decoder = _load(spec, family, source, dtype, settings.attention)
-    limits = choose_limits(settings, spec, spec.kv_bytes_per_token(dtype.itemsize), reasons)
+    _check_memory(weight_bytes(spec, family, source, dtype, group.shard), group.shard)
+    decoder = _load(settings, spec, family, source, dtype, group, on_progress)
+    limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), reasons)
     device = _device(decoder, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
+
+
+def check_shards(spec: Spec, num_shards: int) -> None:
+    """Raises ConfigurationError if the model cannot be split over so many ranks."""
+    check_heads(spec.num_heads, spec.num_kv_heads, num_shards)
+    if num_shards > 1 and spec.qk_norm is QkNorm.FULL:
+        raise ConfigurationError(
+            f"{spec.model_type} normalises all heads of a token together and runs on one rank only: "
+            "leave out --num-shard"
+        )
+
+
+def _kv_bytes_per_token(spec: Spec, shard: Shard, dtype: torch.dtype) -> int:
+    """Bytes that keys and values of one token take on this rank over all layers."""
+    return 2 * spec.num_layers * len(shard.kv_heads(spec.num_kv_heads)) * spec.head_dim * dtype.itemsize
 
 
 def _num_cores() -> int:
@@ -67,17 +92,13 @@ def _num_cores() -> int:
 
 
 def _open(
-    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: Spec, on_progress: OnProgress
+    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: Spec, family: Family
 ) -> tuple[TensorSource, str, torch.dtype]:
     """Where weights come from, their fingerprint and the type they are stored in."""
-
-    def report(done: int, total: int) -> None:
-        on_progress("weights", done, total)
-
     if settings.load_format == "dummy":
-        source = DummySource(spec, report)
+        source = DummySource(is_tied=spec.is_tied, head_name=family.candidates("head", 0, 0)[0])
         return source, f"dummy-{DUMMY_SEED}-{weights_digest(config, [])}", source.dtype
-    checkpoint = Checkpoint(folder, report)
+    checkpoint = Checkpoint(folder)
     return checkpoint, weights_digest(config, checkpoint.files), checkpoint.dtype
 
 
@@ -91,8 +112,9 @@ def choose_dtype(option: str, stored: torch.dtype, reasons: list[str]) -> torch.
     return stored
 
 
-def _check_memory(needed: int) -> None:
-    free = available_bytes()
+def _check_memory(needed: int, shard: Shard) -> None:
+    # ranks of one machine start together and share what is free
+    free = available_bytes() // shard.size
     if needed > free:
         raise ConfigurationError(
             f"the model needs {readable(needed)} for its weights but only {readable(free)} of memory is free; "
@@ -100,9 +122,21 @@ def _check_memory(needed: int) -> None:
         )
 
 
-def _load(spec: Spec, family: Family, source: TensorSource, dtype: torch.dtype, attention: str) -> Decoder:
-    implementation: Attention = ReferenceAttention() if attention == "reference" else CpuAttention()
-    return Decoder(spec, load_weights(spec, family.names, source, dtype), implementation)
+def _load(
+    settings: WorkerSettings,
+    spec: Spec,
+    family: Family,
+    source: TensorSource,
+    dtype: torch.dtype,
+    group: Group,
+    on_progress: OnProgress,
+) -> Decoder:
+    def report(done: int, total: int) -> None:
+        on_progress("weights", done, total)
+
+    weights = load_weights(spec, family, source, dtype, group.shard, report)
+    attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
+    return Decoder(spec, weights, attention, group, settings.max_total_tokens or spec.max_positions)
 
 
 def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, reasons: list[str]) -> Limits:
@@ -113,7 +147,7 @@ def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, re
     """
     block_size = settings.block_size
     asked = settings.max_total_tokens or spec.max_positions
-    if asked > spec.max_positions:
+    if asked > spec.max_positions and spec.is_position_bound:
         reasons.append(f"max_total_tokens {spec.max_positions} instead of {asked}: the model knows no more positions")
         asked = spec.max_positions
     kv_tokens = _kv_tokens(settings, asked, bytes_per_token, reasons)

@@ -31,7 +31,7 @@ class TorchDevice:
     ) -> None:
         spec = decoder.spec
         self._decoder, self._block_size = decoder, block_size
-        shape = (spec.num_layers, 2, num_blocks + 1, block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, 2, num_blocks + 1, block_size, decoder.num_kv_heads, spec.head_dim)
         self.pages = untouched_zeros(shape, decoder.dtype)
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, spec.vocab_size)
         self._row_errors: dict[int, str] = {}

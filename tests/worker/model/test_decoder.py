@@ -8,10 +8,11 @@ import torch
 from common.errors import ConfigurationError
 from tests.support import tiny_models
 from tests.support.paged import load_decoder, paged_logits, relative_error
+from tests.worker.model import neutral_gpt, neutral_llama
 from worker.attention.reference import ReferenceAttention
 from worker.model.config import read_config
 from worker.model.families import read_spec
-from worker.model.spec import Activation, RopeKind, Spec
+from worker.model.spec import Spec
 
 TOLERANCE = 1e-4
 
@@ -43,31 +44,7 @@ def test_reference_attention_agrees_with_transformers(tiny, name):
     assert error_of(tiny(name), attention=ReferenceAttention()) <= TOLERANCE
 
 
-LLAMA3 = dict(kind=RopeKind.LLAMA3, theta=10000.0, factor=8.0, original_positions=32)
-NEUTRALISED = [
-    ("num_layers", "llama", lambda spec: replace(spec, num_layers=2, windows=(None, None))),
-    ("hidden_size", "llama", lambda spec: replace(spec, hidden_size=32)),
-    ("num_heads", "llama", lambda spec: replace(spec, num_heads=4)),
-    ("num_kv_heads", "llama", lambda spec: replace(spec, num_kv_heads=spec.num_heads)),
-    ("head_dim", "qwen3", lambda spec: replace(spec, head_dim=spec.hidden_size // spec.num_heads)),
-    ("ffn_size", "llama", lambda spec: replace(spec, ffn_size=64)),
-    ("vocab_size", "llama", lambda spec: replace(spec, vocab_size=256)),
-    ("norm_eps", "llama_mha_gelu", lambda spec: replace(spec, norm_eps=1e-6)),
-    ("activation", "llama_mha_gelu", lambda spec: replace(spec, activation=Activation.SILU)),
-    ("windows", "mistral_window_head_dim", lambda spec: replace(spec, windows=(None,) * 3)),
-    ("windows", "qwen2_late_window", lambda spec: replace(spec, windows=(8,) * 3)),
-    ("windows", "mistral_window_head_dim", lambda spec: replace(spec, windows=(7,) * 3)),
-    ("qk_norm", "qwen3", lambda spec: replace(spec, qk_norm=False)),
-    ("qkv_bias", "qwen2", lambda spec: replace(spec, qkv_bias=False)),
-    ("out_bias", "llama_biases_llama3", lambda spec: replace(spec, out_bias=False)),
-    ("mlp_bias", "llama_biases_llama3", lambda spec: replace(spec, mlp_bias=False)),
-    ("rope", "llama", lambda spec: replace(spec, rope=replace(spec.rope, theta=5000.0))),
-    ("rope", "llama_linear_tied", lambda spec: replace(spec, rope=replace(spec.rope, factor=1.0))),
-    ("rope", "llama_biases_llama3", lambda spec: replace(spec, rope=replace(spec.rope, kind=RopeKind.DEFAULT))),
-    ("rope", "llama_biases_llama3", lambda spec: replace(spec, rope=replace(spec.rope, low_freq_factor=0.5))),
-    ("rope", "llama_biases_llama3", lambda spec: replace(spec, rope=replace(spec.rope, high_freq_factor=16.0))),
-    ("rope", "llama_biases_llama3", lambda spec: replace(spec, rope=replace(spec.rope, original_positions=8192))),
-]
+NEUTRALISED = neutral_llama.NEUTRALISED + neutral_gpt.NEUTRALISED
 
 
 @pytest.mark.parametrize(("field", "name", "change"), NEUTRALISED)

@@ -6,7 +6,7 @@ import transformers
 from common.errors import ConfigurationError
 from tests.support import tiny_models
 from worker.model.families import FAMILIES, read_spec
-from worker.model.spec import Activation, Rope, RopeKind, Spec
+from worker.model.spec import Activation, QkNorm, Rope, RopeKind, Spec
 
 LLAMA = dict(
     model_type="llama",
@@ -40,7 +40,6 @@ def test_sizes_come_from_the_config():
     assert (found.head_dim, found.ffn_size, found.vocab_size, found.max_positions) == (8, 80, 97, 512)
     assert (found.norm_eps, found.activation, found.windows) == (1e-5, Activation.SILU, (None,) * 3)
     assert found.scale == 8**-0.5
-    assert found.kv_bytes_per_token(2) == 2 * 3 * 2 * 8 * 2
     assert spec(head_dim=32).head_dim == 32
     assert spec(num_key_value_heads=None).num_kv_heads == 8
 
@@ -102,22 +101,27 @@ def test_wrong_values_are_named(key, value):
     assert key in message(**{key: value})
 
 
+def rope(**differences) -> Rope | None:
+    (found,) = set(spec(**differences).ropes)
+    return found
+
+
 def test_rope_of_old_and_new_files_is_the_same():
     expected = Rope(theta=5e5, kind=RopeKind.LLAMA3, factor=8.0, original_positions=128)
-    assert spec(rope_theta=5e5, rope_scaling=LLAMA3 | dict(rope_type="llama3")).rope == expected
-    assert spec(rope_parameters=LLAMA3 | dict(rope_type="llama3", rope_theta=5e5)).rope == expected
-    assert spec(rope_theta=5e5, rope_parameters=LLAMA3 | dict(rope_type="llama3")).rope == expected
+    assert rope(rope_theta=5e5, rope_scaling=LLAMA3 | dict(rope_type="llama3")) == expected
+    assert rope(rope_parameters=LLAMA3 | dict(rope_type="llama3", rope_theta=5e5)) == expected
+    assert rope(rope_theta=5e5, rope_parameters=LLAMA3 | dict(rope_type="llama3")) == expected
     linear = Rope(theta=10_000.0, kind=RopeKind.LINEAR, factor=4.0)
-    assert spec(rope_scaling=dict(type="linear", factor=4.0)).rope == linear
-    assert spec(rope_parameters=dict(rope_type="linear", factor=4.0)).rope == linear
-    assert spec().rope == spec(rope_scaling=None, rope_theta=None).rope == Rope(theta=10_000.0)
+    assert rope(rope_scaling=dict(type="linear", factor=4.0)) == linear
+    assert rope(rope_parameters=dict(rope_type="linear", factor=4.0)) == linear
+    assert spec() == spec(rope_scaling=None, rope_theta=None) == Rope(theta=10_000.0)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "su"])
+@pytest.mark.parametrize("kind", ["su", "mrope"])
 def test_other_ropes_are_refused_with_the_list(kind):
     text = message(rope_scaling=dict(rope_type=kind, factor=2.0))
     assert kind in text
-    assert all(known in text for known in RopeKind)
+    assert all(known in text for known in (RopeKind.DEFAULT, RopeKind.LINEAR, RopeKind.LLAMA3))
 
 
 def test_unknown_keys_inside_rope_are_named():
@@ -142,7 +146,7 @@ def test_windows_follow_each_familys_rule():
 def test_biases_and_norms_follow_each_familys_rule():
     def switches(**options):
         found = spec(**options)
-        return found.qkv_bias, found.out_bias, found.mlp_bias, found.qk_norm
+        return found.qkv_bias, found.out_bias, found.mlp_bias, found.qk_norm is QkNorm.HEAD
 
     assert switches() == (False, False, False, False)
     assert switches(attention_bias=True, mlp_bias=True) == (True, True, True, False)

@@ -11,13 +11,14 @@ from common.errors import ConfigurationError
 from tests.worker.model.spoil import change, rewrite, tensors_of
 from worker.model.checkpoint import Checkpoint, find_files
 from worker.model.config import read_config
-from worker.model.families import LLAMA_NAMES, read_spec
-from worker.model.weights import DummySource, load_weights, num_parameters
+from worker.model.families import read_spec
+from worker.model.loading import load_weights, weight_bytes
+from worker.model.weights import DummySource
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, on_progress=None):
     spec, family = read_spec(read_config(folder))
-    return load_weights(spec, family.names, Checkpoint(folder, on_progress), dtype)
+    return load_weights(spec, family, Checkpoint(folder), dtype, on_progress=on_progress)
 
 
 def split(folder: Path) -> None:
@@ -38,8 +39,8 @@ def test_parts_are_fused_in_order(folder):
     qkv = torch.cat([stored[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"])
     assert torch.equal(weights.layers[1].qkv.weight, qkv)
     gate_up = torch.cat([stored[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")])
-    assert torch.equal(weights.layers[1].gate_up.weight, gate_up)
-    assert torch.equal(weights.head, stored["lm_head.weight"])
+    assert torch.equal(weights.layers[1].mlp.up.weight, gate_up)
+    assert torch.equal(weights.head.weight, stored["lm_head.weight"])
 
 
 def test_an_index_of_files_gives_the_same_weights(folder):
@@ -49,13 +50,13 @@ def test_an_index_of_files_gives_the_same_weights(folder):
     after = load(folder)
     for layer, other in zip(before.layers, after.layers):
         assert torch.equal(layer.qkv.weight, other.qkv.weight)
-        assert torch.equal(layer.down.weight, other.down.weight)
+        assert torch.equal(layer.mlp.down.weight, other.mlp.down.weight)
 
 
 def test_every_tensor_is_converted(folder):
     stored, weights = tensors_of(folder), load(folder, torch.bfloat16)
     assert stored["model.norm.weight"].dtype is torch.float32
-    assert torch.equal(weights.final_norm, stored["model.norm.weight"].bfloat16())
+    assert torch.equal(weights.final_norm.weight, stored["model.norm.weight"].bfloat16())
     assert torch.equal(weights.layers[0].out.weight, stored["model.layers.0.self_attn.o_proj.weight"].bfloat16())
 
 
@@ -93,32 +94,37 @@ def test_buffers_that_follow_from_the_config_are_ignored(folder):
 
 
 def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
-    assert load(folder).head is not load(folder).embed
+    assert load(folder).head.weight is not load(folder).embed
     change(folder, tie_word_embeddings=True)
-    assert torch.equal(load(folder).head, tensors_of(folder)["lm_head.weight"]), "a different head was ignored"
+    assert torch.equal(load(folder).head.weight, tensors_of(folder)["lm_head.weight"]), "a different head was ignored"
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     weights = load(folder)
-    assert weights.head is weights.embed
+    assert weights.head.weight is weights.embed
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     change(folder, tie_word_embeddings=False)
     weights = load(folder)
-    assert weights.head is weights.embed
+    assert weights.head.weight is weights.embed
 
 
 def test_dummy_weights_are_the_same_every_time(folder):
-    spec, _ = read_spec(read_config(folder))
+    spec, family = read_spec(read_config(folder))
     seen = []
-    source = DummySource(spec, lambda done, total: seen.append((done, total)))
-    one = load_weights(spec, LLAMA_NAMES, source, torch.float32)
-    other = load_weights(spec, LLAMA_NAMES, DummySource(spec), torch.float32)
+
+    def dummy() -> DummySource:
+        return DummySource(is_tied=False, head_name="lm_head")
+
+    one = load_weights(spec, family, dummy(), torch.float32, on_progress=lambda *progress: seen.append(progress))
+    other = load_weights(spec, family, dummy(), torch.float32)
     assert torch.equal(one.layers[2].qkv.weight, other.layers[2].qkv.weight)
     assert not torch.equal(one.layers[2].qkv.weight, one.layers[1].qkv.weight)
     assert 0.015 < float(one.embed.std()) < 0.025
-    assert one.head is not one.embed
-    assert seen[-1] == (2 * num_parameters(spec), 2 * num_parameters(spec))
+    assert one.head.weight is not one.embed
+    total = weight_bytes(spec, family, dummy(), torch.float32)
+    assert seen[-1] == (total, total)
 
 
-def test_the_number_of_parameters_is_that_of_the_checkpoint(folder):
-    spec, _ = read_spec(read_config(folder))
-    matrices = [tensor for tensor in tensors_of(folder).values() if tensor.dim() == 2]
-    assert num_parameters(spec) == sum(tensor.numel() for tensor in matrices)
+def test_the_size_of_the_weights_is_known_before_they_are_read(folder):
+    spec, family = read_spec(read_config(folder))
+    stored = sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    assert weight_bytes(spec, family, Checkpoint(folder), torch.float32) == stored
+    assert weight_bytes(spec, family, Checkpoint(folder), torch.bfloat16) == stored // 2

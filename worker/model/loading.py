@@ -1,0 +1,361 @@
+"""From named tensors to fused weights in the layout of the forward pass: a rank's part only, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from worker.model.families.base import Family, QkvLayout
+from worker.model.spec import Moe, QkNorm, Residual, Rope, Spec
+from worker.model.weights import (
+    DecoderWeights,
+    LayerWeights,
+    Linear,
+    MlpWeights,
+    MoeWeights,
+    NormWeights,
+    Part,
+    TensorSource,
+)
+from worker.parallel.shard import WHOLE, Shard
+
+ProgressFunction = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+class _SizesOnly:
+    """Says what another source would be asked for, and takes no memory."""
+
+    device = "meta"
+
+    def __init__(self, source: TensorSource) -> None:
+        self.dtype, self.has = source.dtype, source.has
+
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None: ...
+
+    def skip(self, name: str) -> None: ...
+
+    def finish(self, ignored: Sequence[str] = ()) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`part` of the tensor that our `key` stands for, in `layer`, of `expert`."""
+
+    key: str
+    part: Part
+    layer: int = 0
+    expert: int = 0
+
+
+@dataclass(slots=True)
+class Builder:
+    """Allocates fused tensors of one rank and has the source fill their parts."""
+
+    family: Family
+    source: TensorSource
+    dtype: torch.dtype
+    shard: Shard = WHOLE
+    on_progress: Callable[[int], None] = field(default=lambda num_bytes: None)
+
+    def has(self, key: str) -> bool:
+        return self.source.has(self.name(key) + ".weight")
+
+    def name(self, key: str, layer: int = 0, expert: int = 0) -> str:
+        """What the checkpoint calls it: the first of the family's names that is there, with its prefix or without."""
+        names = self.family.candidates(key, layer, expert)
+        return next((name for name in names if self.source.has(name + ".weight")), names[0])
+
+    def fill(self, pieces: Sequence[Piece], kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor out of pieces, one below the other."""
+        columns = pieces[0].part.columns
+        num_rows = sum(piece.part.num_rows for piece in pieces)
+        shape = (num_rows,) if columns is None else (num_rows, len(columns))
+        target = torch.empty(shape, dtype=dtype or self.dtype, device=self.source.device)
+        start = 0
+        for piece in pieces:
+            name = f"{self.name(piece.key, piece.layer, piece.expert)}.{kind}"
+            self.source.copy_into(name, target[start : start + piece.part.num_rows], piece.part)
+            start += piece.part.num_rows
+        self.on_progress(target.numel() * target.itemsize)
+        return target
+
+    def vector(
+        self, key: str, size: int, layer: int = 0, kind: str = "weight", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return self.fill([Piece(key, Part((size,), [range(size)]), layer)], kind, dtype)
+
+    def matrix(self, key: str, num_rows: int, num_columns: int, layer: int = 0) -> Tensor:
+        """All of it, on every rank."""
+        return self.fill([Piece(key, self.part((num_rows, num_columns)), layer)])
+
+    def vocabulary(self, key: str, vocab_size: int, width: int) -> Tensor:
+        """The rank's rows of an embedding or a head."""
+        return self.fill([Piece(key, Part((vocab_size, width), [self.shard.bounds(vocab_size)], range(width)))])
+
+    def part(self, shape: tuple[int, int], rows: Sequence[range] | None = None, columns: range | None = None) -> Part:
+        """Of a matrix that families with transposed weights store the other way round; all of it by default."""
+        everything = [range(shape[0])], range(shape[1])
+        return Part(shape, rows or everything[0], columns or everything[1], self.family.is_transposed)
+
+    def split_by_rows(self, keys: Sequence[str], shape: tuple[int, int], layer: int, *, has_bias: bool) -> Linear:
+        """Products of one input, fused; each rank computes its part of every one's output."""
+        rows = [self.shard.bounds(shape[0])]
+        weight = self.fill([Piece(key, self.part(shape, rows), layer) for key in keys])
+        return Linear(weight, self.fill(self._vectors(keys, shape[0], rows, layer), "bias") if has_bias else None)
+
+    def split_by_columns(
+        self, key: str, shape: tuple[int, int], columns: range, layer: int, *, has_bias: bool
+    ) -> Linear:
+        """A product whose partial results ranks add up; the first rank adds the bias."""
+        weight = self.fill([Piece(key, self.part(shape, None, columns), layer)])
+        if has_bias and self.shard.rank:
+            self.source.skip(self.name(key, layer) + ".bias")
+            has_bias = False
+        return Linear(weight, self.vector(key, shape[0], layer, "bias") if has_bias else None)
+
+    def _vectors(self, keys: Sequence[str], size: int, rows: Sequence[range], layer: int) -> list[Piece]:
+        return [Piece(key, Part((size,), rows), layer) for key in keys]
+
+
+def load_weights(
+    spec: Spec,
+    family: Family,
+    source: TensorSource,
+    dtype: torch.dtype,
+    shard: Shard = WHOLE,
+    on_progress: ProgressFunction | None = None,
+) -> DecoderWeights:
+    """Read one rank's weights as `dtype` on the CPU.
+
+    Whether head and embedding are tied is decided by the checkpoint: without a head tensor they are, with a different
+    one they are not, whatever the config says.
+
+    Raises:
+        ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
+    """
+    builder = Builder(family, source, dtype, shard)
+    if on_progress is not None:
+        builder.on_progress = _running_total(weight_bytes(spec, family, source, dtype, shard), on_progress)
+    return _load(spec, builder)
+
+
+def weight_bytes(spec: Spec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
+    """What `load_weights` will take, without taking it."""
+    total = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+
+    _load(spec, Builder(family, _SizesOnly(source), dtype, shard, add))
+    return total
+
+
+def _running_total(total: int, on_progress: ProgressFunction) -> Callable[[int], None]:
+    done = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress(done, total)
+
+    return add
+
+
+def _load(spec: Spec, builder: Builder) -> DecoderWeights:
+    width = spec.embedding_size or spec.hidden_size
+    is_projected = spec.embedding_size is not None
+    embed = builder.vocabulary("embed", spec.vocab_size, width)
+    weights = DecoderWeights(
+        embed=embed,
+        positions=_load_positions(spec, builder),
+        embedding_norm=_load_norm(spec, builder, "embedding_norm") if spec.embedding_norm else None,
+        project_in=builder.matrix("project_in", spec.hidden_size, width) if is_projected else None,
+        layers=[_load_layer(spec, builder, layer) for layer in range(spec.num_layers)],
+        final_norm=_load_norm(spec, builder, "final_norm") if spec.final_norm else None,
+        project_out=builder.matrix("project_out", width, spec.hidden_size) if is_projected else None,
+        head=_load_head(spec, builder, embed, width),
+    )
+    builder.source.finish(builder.family.ignored)
+    return weights
+
+
+def _load_positions(spec: Spec, builder: Builder) -> Tensor | None:
+    if spec.position_offset is None:
+        return None
+    # a table of learned positions is an embedding: stored upright also where matrices are transposed
+    shape = (spec.max_positions + spec.position_offset, spec.hidden_size)
+    return builder.fill([Piece("positions", Part(shape, [range(shape[0])], range(shape[1])))])
+
+
+def _load_head(spec: Spec, builder: Builder, embed: Tensor, width: int) -> Linear:
+    weight = builder.vocabulary("head", spec.vocab_size, width) if builder.has("head") else embed
+    rows = [builder.shard.bounds(spec.vocab_size)]
+    bias = builder.fill([Piece("head", Part((spec.vocab_size,), rows))], "bias") if spec.head_bias else None
+    is_tied = not weight.is_meta and torch.equal(weight, embed)
+    return Linear(embed if is_tied else weight, bias)
+
+
+def _load_layer(spec: Spec, builder: Builder, layer: int) -> LayerWeights:
+    residual = spec.residual
+    has_two_norms = residual is not Residual.PARALLEL and residual.has_input_norm
+    return LayerWeights(
+        attention_norm=_load_norm(spec, builder, "attention_norm", layer) if residual.has_input_norm else None,
+        qkv=_load_qkv(spec, builder, layer),
+        qk_norm=_load_qk_norm(spec, builder, layer) if spec.qk_norm is not QkNorm.NONE else None,
+        out=_load_out(spec, builder, layer),
+        attention_out_norm=_load_norm(spec, builder, "attention_out_norm", layer) if residual.has_output_norm else None,
+        mlp_norm=_load_norm(spec, builder, "mlp_norm", layer) if has_two_norms else None,
+        mlp=_load_mlp(spec, builder, layer),
+        mlp_out_norm=_load_norm(spec, builder, "mlp_out_norm", layer) if residual.has_output_norm else None,
+    )
+
+
+def _load_norm(spec: Spec, builder: Builder, key: str, layer: int = 0) -> NormWeights:
+    size, dtype = spec.hidden_size, torch.float32 if spec.norm_plus_one else None
+    weight = builder.vector(key, size, layer, dtype=dtype)
+    if spec.norm_plus_one:
+        weight += 1.0
+    return NormWeights(weight, builder.vector(key, size, layer, "bias") if spec.norm_bias else None)
+
+
+# Queries, keys and values.
+
+
+def _load_qkv(spec: Spec, builder: Builder, layer: int) -> Linear:
+    weight = builder.fill(_qkv_pieces(spec, builder, layer, spec.hidden_size))
+    bias = builder.fill(_qkv_pieces(spec, builder, layer, None), "bias") if spec.qkv_bias else None
+    num_turned = (len(weight) // spec.head_dim) - len(builder.shard.kv_heads(spec.num_kv_heads))
+    for tensor in (weight, bias):
+        if builder.family.is_interleaved and tensor is not None:
+            _straighten(tensor.view(-1, spec.head_dim, *tensor.shape[1:])[:num_turned], spec.ropes[layer])
+    return Linear(weight, bias)
+
+
+def _qkv_pieces(spec: Spec, builder: Builder, layer: int, num_in: int | None) -> list[Piece]:
+    """Rows of the rank's heads; `num_in` None for those of the bias."""
+    queries, keys = builder.shard.heads(spec.num_heads), builder.shard.kv_heads(spec.num_kv_heads)
+    layout, pieces = builder.family.qkv, []
+    for which, heads, num_heads in (("q", queries, spec.num_heads), *((kv, keys, spec.num_kv_heads) for kv in "kv")):
+        is_fused = layout is not QkvLayout.SEPARATE
+        total = (spec.num_heads + 2 * spec.num_kv_heads if is_fused else num_heads) * spec.head_dim
+        rows = _runs(stored_heads(layout, spec, which, heads), spec.head_dim)
+        part = Part((total,), rows) if num_in is None else builder.part((total, num_in), rows)
+        pieces.append(Piece("qkv" if is_fused else which, part, layer))
+    return pieces
+
+
+def stored_heads(layout: QkvLayout, spec: Spec, which: str, heads: Iterable[int]) -> list[int]:
+    """Where `heads` of queries ("q"), keys ("k") or values ("v") stand in the stored tensor, in units of heads."""
+    if layout is QkvLayout.SEPARATE:
+        return list(heads)
+    if layout is QkvLayout.CONCATENATED:
+        first = {"q": 0, "k": spec.num_heads, "v": spec.num_heads + spec.num_kv_heads}[which]
+        return [first + head for head in heads]
+    group = spec.num_heads // spec.num_kv_heads
+    if which == "q":
+        return [head // group * (group + 2) + head % group for head in heads]
+    return [head * (group + 2) + group + (which == "v") for head in heads]
+
+
+def _runs(heads: Sequence[int], head_dim: int) -> list[range]:
+    """The rows of heads, neighbours in one run."""
+    runs: list[range] = []
+    for head in heads:
+        rows = range(head * head_dim, (head + 1) * head_dim)
+        if runs and runs[-1].stop == rows.start:
+            rows = range(runs.pop().start, rows.stop)
+        runs.append(rows)
+    return runs
+
+
+def _straighten(heads: Tensor, rope: Rope | None) -> None:
+    """Reorder `heads` [heads, head_dim, ...] so that rotating halves does what rotating neighbours did before."""
+    if rope is None or heads.is_meta:
+        return
+    size = rope.rotary_dim or heads.shape[1]
+    order = torch.cat((torch.arange(0, size, 2), torch.arange(1, size, 2)))
+    heads[:, :size] = heads[:, order]
+
+
+def _load_qk_norm(spec: Spec, builder: Builder, layer: int) -> NormWeights:
+    weight = _qk_norm_heads(spec, builder, layer, "weight")
+    return NormWeights(weight, _qk_norm_heads(spec, builder, layer, "bias") if spec.norm_bias else None)
+
+
+def _qk_norm_heads(spec: Spec, builder: Builder, layer: int, kind: str) -> Tensor:
+    """[query heads + key heads, head_dim] of the rank. Stored is one head for all, or every head."""
+    dtype = torch.float32 if spec.norm_plus_one else None
+    parts = []
+    for key, num_heads, heads in (
+        ("q_norm", spec.num_heads, builder.shard.heads(spec.num_heads)),
+        ("k_norm", spec.num_kv_heads, builder.shard.kv_heads(spec.num_kv_heads)),
+    ):
+        if builder.family.has_norm_per_head:
+            rows = range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+            vector = builder.fill([Piece(key, Part((num_heads * spec.head_dim,), [rows]), layer)], kind, dtype)
+        else:
+            vector = builder.vector(key, spec.head_dim, layer, kind, dtype)
+        parts.append(vector.view(-1, spec.head_dim).expand(len(heads), -1))
+    result = torch.cat(parts)
+    if spec.norm_plus_one and kind == "weight":
+        result += 1.0
+    if builder.family.is_interleaved:
+        _straighten(result, spec.ropes[layer])
+    return result
+
+
+def _load_out(spec: Spec, builder: Builder, layer: int) -> Linear:
+    heads = builder.shard.heads(spec.num_heads)
+    columns = range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+    shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
+    return builder.split_by_columns("out", shape, columns, layer, has_bias=spec.out_bias)
+
+
+# The feed-forward network.
+
+
+def _load_mlp(spec: Spec, builder: Builder, layer: int) -> MlpWeights | MoeWeights:
+    if spec.moe is not None and spec.moe.sparse_layers[layer]:
+        return _load_moe(spec, spec.moe, builder, layer)
+    return _load_dense(spec, builder, layer)
+
+
+def _load_dense(spec: Spec, builder: Builder, layer: int) -> MlpWeights:
+    ffn, hidden = spec.ffn_size, spec.hidden_size
+    mine = builder.shard.bounds(ffn)
+    down = builder.split_by_columns("down", (hidden, ffn), mine, layer, has_bias=spec.mlp_bias)
+    if not spec.is_gated or "gate_up" not in builder.family.names:
+        keys = ["gate", "up"] if spec.is_gated else ["up"]
+        return MlpWeights(builder.split_by_rows(keys, (ffn, hidden), layer, has_bias=spec.mlp_bias), down)
+    rows = [mine, range(ffn + mine.start, ffn + mine.stop)]
+    weight = builder.fill([Piece("gate_up", builder.part((2 * ffn, hidden), rows), layer)])
+    bias = builder.fill([Piece("gate_up", Part((2 * ffn,), rows), layer)], "bias") if spec.mlp_bias else None
+    return MlpWeights(Linear(weight, bias), down)
+
+
+def _load_moe(spec: Spec, moe: Moe, builder: Builder, layer: int) -> MoeWeights:
+    hidden, mine = spec.hidden_size, builder.shard.bounds(moe.ffn_size)
+    up_part = builder.part((moe.ffn_size, hidden), [mine])
+    down_part = builder.part((hidden, moe.ffn_size), None, mine)
+    experts = range(moe.num_experts)
+    up = [Piece(key, up_part, layer, expert) for expert in experts for key in ("expert_gate", "expert_up")]
+    down = [Piece("expert_down", down_part, layer, expert) for expert in experts]
+    return MoeWeights(
+        router=builder.matrix("router", moe.num_experts, hidden, layer),
+        up=builder.fill(up).view(moe.num_experts, -1, hidden),
+        down=builder.fill(down).view(moe.num_experts, hidden, -1),
+        shared=_load_shared(moe, builder, hidden, layer) if moe.shared_ffn_size else None,
+        shared_gate=builder.matrix("shared_gate", 1, hidden, layer) if moe.has_shared_gate else None,
+    )
+
+
+def _load_shared(moe: Moe, builder: Builder, hidden: int, layer: int) -> MlpWeights:
+    size = moe.shared_ffn_size
+    up = builder.split_by_rows(["shared_gate_proj", "shared_up"], (size, hidden), layer, has_bias=False)
+    mine = builder.shard.bounds(size)
+    return MlpWeights(up, builder.split_by_columns("shared_down", (hidden, size), mine, layer, has_bias=False))
