@@ -60,7 +60,9 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     for number in range(NUM_FILES):
         file = f"model-{number + 1:05}-of-{NUM_FILES:05}.safetensors"
         mine = names[len(names) * number // NUM_FILES : len(names) * (number + 1) // NUM_FILES]
-        save_file({name: torch.full(shapes[name], 0.01, dtype=torch.bfloat16) for name in mine}, folder / file)
+        # a head like the embedding would be shared with it
+        values = {name: 0.02 if name == "lm_head.weight" else 0.01 for name in mine}
+        save_file({name: torch.full(shapes[name], values[name], dtype=torch.bfloat16) for name in mine}, folder / file)
         places.update(dict.fromkeys(mine, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return max(2 * math.prod(shape) for shape in shapes.values())
