@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "swish": Activation.SILU,
     "gelu": Activation.GELU,
     "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
 }
@@ -32,6 +33,10 @@ temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ng
 early_stopping num_return_sequences encoder_no_repeat_ngram_size begin_suppress_tokens suppress_tokens
 bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
 tf_legacy_loss use_bfloat16 torchscript pruned_heads
+summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+dropout activation_dropout layerdrop emb_pdrop embed_dropout embedding_dropout resid_dropout residual_dropout
+classifier_dropout hidden_dropout_prob attention_probs_dropout_prob init_std attention_softmax_in_fp32
+scale_attention_softmax_in_fp32
 """
 """Notes about the file and its training; token ids, which the tokenizer and the generation config decide; and defaults
 that old versions of transformers wrote into every file."""
@@ -101,20 +106,37 @@ class ConfigReader:
                 self._values.setdefault(new, self._values[old])
                 self._consumed.add(old)
 
-    def rope(self, default_theta: float = 10_000.0) -> Rope:
-        """Rope in one form out of `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones)."""
+    def rope(self, default_theta: float = 10_000.0, *, head_dim: int | None = None, default_share: float = 1.0) -> Rope:
+        """Rope in one form out of `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones).
+
+        With `head_dim` a `partial_rotary_factor` counts, `default_share` where there is none: the share of a head
+        that turns.
+        """
         max_positions = self.integer("max_position_embeddings")
         theta = self.number("rope_theta", default_theta)
         scaling, parameters = self.get("rope_scaling"), self.get("rope_parameters")
         inner = ConfigReader(scaling or parameters or {}, f"{self._where}: rope parameters")
         kind = inner.rope_kind()
+        rotary_dim = None
+        if head_dim is not None:
+            share = inner.number("partial_rotary_factor", self.number("partial_rotary_factor", default_share))
+            rotary_dim = self._rotary_dim(head_dim, share)
         rope = Rope(
             theta=inner.number("rope_theta", theta),
             kind=kind,
+            rotary_dim=rotary_dim,
             **inner.rope_numbers(kind, max_positions),
         )
         inner.finish()
         return rope
+
+    def _rotary_dim(self, head_dim: int, share: float) -> int | None:
+        rotary_dim = int(head_dim * share)
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise self.error(
+                f"partial_rotary_factor {share} of {head_dim} must be an even number of elements of a head"
+            )
+        return rotary_dim if rotary_dim < head_dim else None
 
     def rope_kind(self) -> RopeKind:
         name = self.get("rope_type") or self.get("type") or "default"
