@@ -73,6 +73,11 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self._weights.embed.dtype
 
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """(layers, heads, head_dim) of the keys and values that this rank keeps."""
+        return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
+
     def forward(self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.
 

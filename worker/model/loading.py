@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from worker.parallel.shard import WHOLE, Shard
 
 ProgressFunction = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+
+WeightsType = TypeVar("WeightsType")
 
 
 class _SizesOnly:
@@ -137,21 +141,32 @@ def load_weights(
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
     """
-    builder = Builder(family, source, dtype, shard)
-    if on_progress is not None:
-        builder.on_progress = _running_total(weight_bytes(spec, family, source, dtype, shard), on_progress)
-    return _load(spec, builder)
+    return load_with(partial(_load, spec), Builder(family, source, dtype, shard), on_progress)
 
 
 def weight_bytes(spec: Spec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
     """What `load_weights` will take, without taking it."""
+    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard))
+
+
+def load_with(
+    load: Callable[[Builder], WeightsType], builder: Builder, on_progress: ProgressFunction | None
+) -> WeightsType:
+    """What `load` makes with the builder, which reports its progress on the way."""
+    if on_progress is not None:
+        builder.on_progress = _running_total(bytes_of(load, builder), on_progress)
+    return load(builder)
+
+
+def bytes_of(load: Callable[[Builder], object], builder: Builder) -> int:
+    """What `load` will take, without taking it."""
     total = 0
 
     def add(num_bytes: int) -> None:
         nonlocal total
         total += num_bytes
 
-    _load(spec, Builder(family, _SizesOnly(source), dtype, shard, add))
+    load(replace(builder, source=_SizesOnly(builder.source), on_progress=add))
     return total
 
 

@@ -1,4 +1,4 @@
-"""What a decoder is, as plain values: all in which architectures differ, and nothing of how tensors are stored."""
+"""What a model is, as plain values: all in which architectures differ, and nothing of how tensors are stored."""
 
 from __future__ import annotations
 
@@ -181,3 +181,49 @@ class Spec:
     def is_position_bound(self) -> bool:
         """Whether the model knows nothing beyond `max_positions`; ALiBi goes on for ever."""
         return self.position_offset is not None or any(self.ropes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class T5Spec:
+    """One encoder-decoder transformer of the T5 lineage (Raffel et al., arXiv 1910.10683). Sizes are counts of
+    elements.
+
+    num_layers          those of the decoder, which are the ones that keep keys and values
+    max_positions       input and output together that the model was trained with
+    num_buckets, max_distance
+                        the learned bias tells apart `num_buckets` distances of key and query; those of `max_distance`
+                        and more are one
+    output_scale        factor on what the head sees
+    decoder_start_id    first token of every answer, no part of it
+    is_tied             as in Spec
+    """
+
+    model_type: str
+    num_encoder_layers: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    activation: Activation
+    is_gated: bool
+    norm_eps: float
+    num_buckets: int
+    max_distance: int
+    output_scale: float
+    decoder_start_id: int
+    is_tied: bool = False
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def is_position_bound(self) -> bool:
+        """Distances go on for ever."""
+        return False
+
+
+AnySpec = Spec | T5Spec

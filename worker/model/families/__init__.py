@@ -11,23 +11,25 @@ from worker.model.families.base import Family
 from worker.model.families.gpt import GPT_FAMILIES
 from worker.model.families.llama import LLAMA_FAMILIES
 from worker.model.families.moe import MOE_FAMILIES
-from worker.model.spec import Spec
+from worker.model.families.t5 import T5_FAMILIES
+from worker.model.spec import AnySpec
 
 FAMILIES: dict[str, Family] = LLAMA_FAMILIES | MOE_FAMILIES | GPT_FAMILIES
+"""Decoders; encoder-decoders are beside them."""
 
 
-def read_spec(values: Mapping[str, Any]) -> tuple[Spec, Family]:
-    """The Spec of a parsed config.json and the family it belongs to.
+def read_spec(values: Mapping[str, Any]) -> tuple[AnySpec, Family]:
+    """The spec of a parsed config.json and the family it belongs to.
 
     Raises:
         ConfigurationError: if the model type is unknown (lists the known ones), a value is wrong, or a key says
             something that nobody here understands.
     """
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+    model_type, families = values.get("model_type"), FAMILIES | T5_FAMILIES
+    if not isinstance(model_type, str) or model_type not in families:
+        known = ", ".join(sorted(families))
         raise ConfigurationError(f"config.json: model_type {model_type!r} is not supported; supported are {known}")
-    family, config = FAMILIES[model_type], ConfigReader(values)
+    family, config = families[model_type], ConfigReader(values)
     spec = family.build(config)
     config.finish()
     return spec, family

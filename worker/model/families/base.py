@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from worker.model.config import ConfigReader
-from worker.model.spec import Rope, Spec
+from worker.model.spec import AnySpec, Rope, Spec
 
 
 class QkvLayout(StrEnum):
@@ -40,7 +40,7 @@ class Family:
     ignored            endings of tensors that follow from the config
     """
 
-    build: Callable[[ConfigReader], Spec]
+    build: Callable[[ConfigReader], AnySpec]
     names: Mapping[str, str | tuple[str, ...]]
     prefix: str = ""
     qkv: QkvLayout = QkvLayout.SEPARATE

@@ -1,0 +1,284 @@
+"""T5 (Raffel et al., arXiv 1910.10683) and its kin: an encoder, and a decoder over the pages of a KV pool.
+
+Positions enter attention only, as a learned bias on the distance of key and query. The encoder runs once per request;
+the keys and values that its output means to each layer of the decoder lie in pages that later steps only read:
+
+    x = embed(tokens)
+    each layer   x = x + self-attention(norm(x))
+                 x = x + attention over the encoder's output(norm(x))     decoder only
+                 x = x + feed-forward network(norm(x))
+    logits = norm(x) * scale @ head                                       decoder only
+
+Ranks hold parts of heads, widths and vocabulary, and add up what they have before each "x +".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import ConfigurationError
+from worker.attention import Attention, Batch, LayerShape, write_pages
+from worker.model.decoder import vocabulary_parallel_embedding
+from worker.model.families.base import Family
+from worker.model.layers import ACTIVATION_FUNCTIONS, linear, mlp, rms_norm
+from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
+from worker.model.spec import T5Spec
+from worker.model.weights import Linear, MlpWeights, NormWeights, Part, TensorSource
+from worker.parallel.group import Alone, Group
+from worker.parallel.shard import WHOLE, Shard
+
+CROSS_SHAPE = LayerShape(scale=1.0)
+"""Attention over the encoder's output knows no distances."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackLayer:
+    """A layer without what only the decoder has. `qkv` rows are queries, keys, values."""
+
+    attention_norm: NormWeights
+    qkv: Linear
+    out: Linear
+    mlp_norm: NormWeights
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True, slots=True)
+class CrossLayer:
+    """A layer's attention over the encoder's output. `kv` rows are keys, values."""
+
+    norm: NormWeights
+    q: Linear
+    kv: Linear
+    out: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`bias` float32 [heads, 2 * max_distance + 1] by key position - query position, the same for all layers."""
+
+    bias: Tensor
+    layers: list[StackLayer]
+    final_norm: NormWeights
+
+
+@dataclass(frozen=True, slots=True)
+class T5Weights:
+    """`embed` and `head` are [rank's part of the vocabulary, hidden], the same tensor where they are tied; `crosses`
+    has one entry per layer of the decoder."""
+
+    embed: Tensor
+    encoder: Stack
+    decoder: Stack
+    crosses: list[CrossLayer]
+    head: Tensor
+
+
+class T5:
+    """Forward passes of encoder and decoder on one rank. Holds weights, no state of requests."""
+
+    def __init__(self, spec: T5Spec, weights: T5Weights, attention: Attention, group: Group | None = None) -> None:
+        self.spec, self._weights, self._attention = spec, weights, attention
+        self._group = group or Alone()
+        self.num_kv_heads = len(self._group.shard.heads(spec.num_heads))
+        self.vocabulary = self._group.shard.bounds(spec.vocab_size)
+        self._activation = ACTIVATION_FUNCTIONS[spec.activation]
+        self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
+        self._decoder_shape = LayerShape(scale=1.0, bias=weights.decoder.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.embed.dtype
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """(layers, heads, head_dim) of the keys and values that this rank keeps."""
+        return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
+
+    def encode(self, tokens: Tensor, slots: Tensor, pages: Tensor) -> None:
+        """Run the encoder over one request, and write what it leaves for each layer of the decoder into `pages`.
+
+        `tokens` int64 [e]; `slots` int64 [e] a place for each among all places of all pages; `pages` as in `forward`.
+        """
+        x = self._encoder_output(tokens)
+        for layer, cross in enumerate(self._weights.crosses):
+            k, v = linear(x, cross.kv).view(len(x), 2, *pages.shape[-2:]).unbind(1)
+            write_pages(pages[layer, 0], k, slots)
+            write_pages(pages[layer, 1], v, slots)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor, cross: Batch
+    ) -> Tensor:
+        """Run one step of the decoder and write its keys and values into `pages`.
+
+        `tokens`, `positions` int64 [t], the latter those that `batch` implies; `pages` [layers, 2, pages, page size,
+        the rank's heads, d]; `wanted` int64 [k] indices of the tokens whose logits are needed; `cross` has the queries
+        of `batch` over the pages that `encode` filled. Returns logits [k, the rank's part of the vocabulary].
+        """
+        stack, x = self._weights.decoder, self._embed(tokens)
+        meta, cross_meta = (self._attention.prepare(each, pages.shape[3]) for each in (batch, cross))
+        layers = zip(stack.layers, self._weights.crosses, pages, strict=True)
+        for weights, cross_weights, layer_pages in layers:
+            x = x + self._attend(x, weights, layer_pages, batch.slots, meta, self._decoder_shape)
+            x = x + self._attend_across(x, cross_weights, layer_pages, cross_meta)
+            x = x + self._feed_forward(x, weights)
+        return F.linear(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale, self._weights.head)
+
+    def _encoder_output(self, tokens: Tensor) -> Tensor:
+        """[e, hidden]. To attention the whole input is one page."""
+        stack, x, size = self._weights.encoder, self._embed(tokens), len(tokens)
+        zero, slots = np.zeros(1, np.int64), torch.arange(size, device=x.device)
+        batch = Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
+        meta = self._attention.prepare(batch, size)
+        pages = x.new_empty((2, 1, size, self.num_kv_heads, self.spec.head_dim))
+        for weights in stack.layers:
+            x = x + self._attend(x, weights, pages, slots, meta, self._encoder_shape)
+            x = x + self._feed_forward(x, weights)
+        return self._norm(x, stack.final_norm)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return vocabulary_parallel_embedding(tokens, self._weights.embed, self.vocabulary, self._group)
+
+    def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        return rms_norm(x, weights, self.spec.norm_eps)
+
+    def _attend(
+        self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
+    ) -> Tensor:
+        heads = linear(self._norm(x, weights.attention_norm), weights.qkv).view(len(x), 3, *pages.shape[-2:])
+        q, k, v = heads.unbind(1)
+        write_pages(pages[0], k, slots)
+        write_pages(pages[1], v, slots)
+        attended = self._attention.attend(q, pages[0], pages[1], meta, shape)
+        return self._group.all_reduce(linear(attended.flatten(1), weights.out))
+
+    def _attend_across(self, x: Tensor, weights: CrossLayer, pages: Tensor, meta: Any) -> Tensor:
+        q = linear(self._norm(x, weights.norm), weights.q).view(len(x), *pages.shape[-2:])
+        attended = self._attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
+        return self._group.all_reduce(linear(attended.flatten(1), weights.out))
+
+    def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:
+        part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activation, is_gated=self.spec.is_gated)
+        return self._group.all_reduce(part)
+
+
+# Weights.
+
+
+def load_t5_weights(
+    spec: T5Spec,
+    family: Family,
+    source: TensorSource,
+    dtype: torch.dtype,
+    shard: Shard = WHOLE,
+    on_progress: ProgressFunction | None = None,
+) -> T5Weights:
+    """Read one rank's weights as `dtype` on the CPU. The checkpoint decides whether the head is the embedding.
+
+    Raises:
+        ConfigurationError: if a tensor is missing, misshapen or superfluous, which the message names; or for float16.
+    """
+    if dtype is torch.float16:
+        raise ConfigurationError(
+            f"--dtype float16 is too narrow for {spec.model_type}, whose activations overflow it; "
+            "choose bfloat16 or float32"
+        )
+    return load_with(partial(_load, spec), Builder(family, source, dtype, shard), on_progress)
+
+
+def t5_weight_bytes(
+    spec: T5Spec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard = WHOLE
+) -> int:
+    """What `load_t5_weights` will take, without taking it."""
+    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard))
+
+
+def _load(spec: T5Spec, builder: Builder) -> T5Weights:
+    embed = builder.vocabulary("embed", spec.vocab_size, spec.hidden_size)
+    head = builder.vocabulary("head", spec.vocab_size, spec.hidden_size) if builder.has("head") else embed
+    is_tied = not head.is_meta and torch.equal(head, embed)
+    weights = T5Weights(
+        embed=embed,
+        encoder=_load_stack(spec, builder, "encoder", spec.num_encoder_layers, is_causal=False),
+        decoder=_load_stack(spec, builder, "decoder", spec.num_layers, is_causal=True),
+        crosses=[_load_cross(spec, builder, layer) for layer in range(spec.num_layers)],
+        head=embed if is_tied else head,
+    )
+    builder.source.finish(builder.family.ignored)
+    return weights
+
+
+def _load_stack(spec: T5Spec, builder: Builder, stack: str, num_layers: int, *, is_causal: bool) -> Stack:
+    heads = builder.shard.heads(spec.num_heads)
+    part = Part((spec.num_buckets, spec.num_heads), [range(spec.num_buckets)], heads)
+    by_bucket = builder.fill([Piece(f"{stack}_bias", part)], dtype=torch.float32)
+    return Stack(
+        bias=bias_by_distance(by_bucket, spec.max_distance, is_causal=is_causal),
+        layers=[_load_layer(spec, builder, stack, layer) for layer in range(num_layers)],
+        final_norm=_load_norm(spec, builder, f"{stack}_final_norm", 0),
+    )
+
+
+def _load_layer(spec: T5Spec, builder: Builder, stack: str, layer: int) -> StackLayer:
+    hidden, ffn = spec.hidden_size, spec.ffn_size
+    ups = [f"{stack}_gate", f"{stack}_gated_up"] if spec.is_gated else [f"{stack}_up"]
+    mine = builder.shard.bounds(ffn)
+    return StackLayer(
+        attention_norm=_load_norm(spec, builder, f"{stack}_attention_norm", layer),
+        qkv=_load_heads(spec, builder, [f"{stack}_{which}" for which in "qkv"], layer),
+        out=_load_out(spec, builder, f"{stack}_out", layer),
+        mlp_norm=_load_norm(spec, builder, f"{stack}_mlp_norm", layer),
+        mlp=MlpWeights(
+            up=builder.split_by_rows(ups, (ffn, hidden), layer, has_bias=False),
+            down=builder.split_by_columns(f"{stack}_down", (hidden, ffn), mine, layer, has_bias=False),
+        ),
+    )
+
+
+def _load_cross(spec: T5Spec, builder: Builder, layer: int) -> CrossLayer:
+    return CrossLayer(
+        norm=_load_norm(spec, builder, "cross_norm", layer),
+        q=_load_heads(spec, builder, ["cross_q"], layer),
+        kv=_load_heads(spec, builder, ["cross_k", "cross_v"], layer),
+        out=_load_out(spec, builder, "cross_out", layer),
+    )
+
+
+def _load_norm(spec: T5Spec, builder: Builder, key: str, layer: int) -> NormWeights:
+    return NormWeights(builder.vector(key, spec.hidden_size, layer), None)
+
+
+def _load_heads(spec: T5Spec, builder: Builder, keys: list[str], layer: int) -> Linear:
+    # heads split evenly, so cutting rows as evenly as possible cuts between heads
+    return builder.split_by_rows(keys, (spec.num_heads * spec.head_dim, spec.hidden_size), layer, has_bias=False)
+
+
+def _load_out(spec: T5Spec, builder: Builder, key: str, layer: int) -> Linear:
+    inner = spec.num_heads * spec.head_dim
+    mine = builder.shard.bounds(inner)
+    return builder.split_by_columns(key, (spec.hidden_size, inner), mine, layer, has_bias=False)
+
+
+def bias_by_distance(by_bucket: Tensor, max_distance: int, *, is_causal: bool) -> Tensor:
+    """From [buckets, heads] to [heads, 2 * max_distance + 1], by key position - query position from -max_distance on.
+
+    The shorter half of all distances has a bucket each, the other buckets grow with the logarithm of the distance.
+    Without `is_causal` there is such a set of buckets for keys before the query, and one for keys after it.
+    """
+    distances = torch.arange(-max_distance, max_distance + 1)
+    num_buckets = len(by_bucket) if is_causal else len(by_bucket) // 2
+    first = 0 if is_causal else (distances > 0) * num_buckets
+    lengths = -distances.clamp(max=0) if is_causal else distances.abs()
+    num_exact = num_buckets // 2
+    # float32 and this order of operations: models were trained with how they round at the edges of buckets
+    growth = torch.log(lengths.float() / num_exact) / math.log(max_distance / num_exact)
+    far = (num_exact + (growth * (num_buckets - num_exact)).long()).clamp(max=num_buckets - 1)
+    buckets = first + torch.where(lengths < num_exact, lengths, far)
+    return by_bucket[buckets.to(by_bucket.device)].t().contiguous()
