@@ -16,17 +16,23 @@ from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.loading import load_weights
 from worker.model.spec import Spec
+from worker.parallel.group import Alone, Group
 
 BLOCK_SIZE = 16
 
 
 def load_decoder(
-    folder: Path, dtype: torch.dtype = torch.float32, spec: Spec | None = None, attention: Attention | None = None
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    spec: Spec | None = None,
+    attention: Attention | None = None,
+    group: Group | None = None,
 ) -> Decoder:
-    """The model of a folder; `spec` replaces what its config says."""
+    """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says."""
     read, family = read_spec(read_config(folder))
-    weights = load_weights(spec or read, family, Checkpoint(folder), dtype)
-    return Decoder(spec or read, weights, attention or CpuAttention())
+    group = group or Alone()
+    weights = load_weights(spec or read, family, Checkpoint(folder), dtype, group.shard)
+    return Decoder(spec or read, weights, attention or CpuAttention(), group)
 
 
 @torch.inference_mode()
@@ -38,14 +44,15 @@ def paged_logits(
     Pages are dealt at random. Also returns the sizes of the chunks of each step, so that a test can assert what it
     mixed.
     """
-    randomness, spec = random.Random(seed), decoder.spec
+    randomness = random.Random(seed)
     num_blocks = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
     deck = list(range(1, sum(num_blocks) + 1))
     randomness.shuffle(deck)
     tables = np.zeros((len(sequences), max(num_blocks)), dtype=np.int64)
     for row, count in enumerate(num_blocks):
         tables[row, :count] = [deck.pop() for _ in range(count)]
-    shape = (spec.num_layers, 2, sum(num_blocks) + 1, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+    num_layers, *head_shape = decoder.page_shape
+    shape = (num_layers, 2, sum(num_blocks) + 1, BLOCK_SIZE, *head_shape)
     # what a page held before must not matter, as long as it is numbers
     pages = torch.full(shape, 7.0, dtype=decoder.dtype)
     computed = [0] * len(sequences)
