@@ -18,6 +18,8 @@ ENGINE_TOTALS = (
     "chunked_prompts",
     "prefill_tokens",
     "decode_tokens",
+    "encoder_passes",
+    "encoder_tokens",
 )
 
 

@@ -10,7 +10,7 @@ Memory of a device, as the engine core addresses it:
 
 A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is
 larger than max_batch_prefill_tokens + max_num_seqs tokens. An encoder's input cannot be cut; it comes out of
-the same budget, and is never longer than all of it.
+the same budget, and is never longer than all of it. The start token of its decoder is the one token of its row.
 """
 
 from __future__ import annotations
@@ -130,10 +130,15 @@ class Device(Protocol):
         """Wait for the step of `handle`. Called once per handle, in order of launch."""
 
 
-def fitting_total_tokens(max_total_tokens: int, kv_tokens: int, block_size: int) -> int:
+def fitting_total_tokens(max_total_tokens: int, kv_tokens: int, block_size: int, *, has_encoder: bool = False) -> int:
     """The largest limit not above `max_total_tokens` with which the pool holds one request of that size and a block
     more.
 
     With it the oldest request can always run to its end, whatever the others hold. Zero or less: the pool is too small.
+
+    `has_encoder` (an encoder-decoder model) costs another block: input and output, which begins with the start token,
+    lie in tables of their own, and for e + o tokens of whole blocks ceil(e / size) + ceil((1 + o) / size) is one block
+    more at most.
     """
-    return min(max_total_tokens, (kv_tokens // block_size - 1) * block_size)
+    num_spare = 2 if has_encoder else 1
+    return min(max_total_tokens, (kv_tokens // block_size - num_spare) * block_size)

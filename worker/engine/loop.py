@@ -150,7 +150,8 @@ class EngineLoop:
     def _submit(self, submit: Submit) -> None:
         self._num_arrivals += 1
         try:
-            answer = self.scheduler.add(request_of(submit, self._num_arrivals))
+            request = request_of(submit, self._num_arrivals, self.scheduler.limits.decoder_start_id)
+            answer = self.scheduler.add(request)
         except (OverflowError, TypeError):
             answer = end_without_token(submit, "error", "token ids must be integers of 32 bits")
         if answer is not None:

@@ -24,12 +24,13 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """One scheduled step. `num_prompt_tokens` of its tokens are prompt (or recomputed), the others one per decoding
-    row."""
+    """One scheduled step. `num_prompt_tokens` are of prompts (or recomputed), `num_encoder_tokens` of them run through
+    the encoder; `num_decodes` rows compute one token, from which the next one is sampled."""
 
     plan: StepPlan
     entries: list[Entry]
     num_prompt_tokens: int
+    num_encoder_tokens: int
     num_decodes: int
 
 
@@ -42,6 +43,7 @@ class PlanBuilder:
         self.num_admitted = 0
         self.entries: list[Entry] = []
         self._num_prompt_tokens = 0
+        self._num_encoder_tokens = 0
         self._num_decodes = 0
         self._tokens = array("i")
         self._freed_rows = freed_rows
@@ -50,10 +52,26 @@ class PlanBuilder:
         self._block_offsets: list[int] = []
         self._block_ids: list[int] = []
 
+    def can_encode(self, num_tokens: int) -> bool:
+        """Whether an encoder pass of this length fits in.
+
+        It cannot be cut, so a budget of which nobody has taken anything yet does for any: one that is longer than a
+        paced budget would wait for ever.
+        """
+        return num_tokens <= self.prompt_budget or self._num_prompt_tokens == 0
+
+    def first_chunk(self, num_encoder_tokens: int) -> int:
+        """How many tokens a newcomer may compute at most. Behind an encoder pass the start token is free."""
+        if num_encoder_tokens:
+            return max(self.prompt_budget - num_encoder_tokens, 0) + 1
+        return self.prompt_budget
+
     def admit(self, request: Request, residency: Residency) -> None:
-        """The request moves into its row, with the blocks it found in the cache."""
+        """The request moves into its row, with the blocks it found in the cache and those that its encoder fills."""
         self.num_admitted += 1
-        self._new_rows.append(_row_init(request, residency.row))
+        self._num_encoder_tokens += len(request.encoder_ids)
+        self._charge(len(request.encoder_ids))
+        self._new_rows.append(_row_init(request, residency))
         self.grow(residency.row, 0, residency.blocks)
 
     def grow(self, row: int, offset: int, blocks: list[int]) -> None:
@@ -68,7 +86,7 @@ class PlanBuilder:
         end = start + num_tokens
         samples = end == request.num_total
         self._append_tokens(request, start, end)
-        self._charge(num_tokens, is_decode=num_tokens == 1 and samples and start > 0)
+        self._account(request, start, num_tokens, samples=samples)
         self.entries.append(Entry(request, residency, start, num_tokens, samples))
         residency.num_computed, residency.last_step = end, self.step
         request.num_in_flight += samples
@@ -88,7 +106,7 @@ class PlanBuilder:
             new_rows=self._new_rows,
             freed_rows=np.array(self._freed_rows, np.int32),
         )
-        return Launch(plan, entries, self._num_prompt_tokens, self._num_decodes)
+        return Launch(plan, entries, self._num_prompt_tokens, self._num_encoder_tokens, self._num_decodes)
 
     def _append_tokens(self, request: Request, start: int, end: int) -> None:
         num_known = len(request.tokens)
@@ -98,21 +116,27 @@ class PlanBuilder:
         self._tokens += request.tokens[start:num_known]
         self._tokens.append(TOKEN_ON_DEVICE)
 
-    def _charge(self, num_tokens: int, *, is_decode: bool) -> None:
-        if is_decode:
+    def _account(self, request: Request, start: int, num_tokens: int, *, samples: bool) -> None:
+        is_behind_encoder = start == 0 and len(request.encoder_ids) > 0
+        if num_tokens == 1 and samples and (start > 0 or is_behind_encoder):
             self._num_decodes += 1
-            return
+        else:
+            self._charge(num_tokens - is_behind_encoder)
+
+    def _charge(self, num_tokens: int) -> None:
         self._num_prompt_tokens += num_tokens
         self.prompt_budget -= num_tokens
 
 
-def _row_init(request: Request, row: int) -> RowInit:
+def _row_init(request: Request, residency: Residency) -> RowInit:
     tokens = np.array(request.tokens, np.int32)
     return RowInit(
-        row=row,
+        row=residency.row,
         request_id=request.request_id,
         params=request.params,
         prompt_ids=tokens[: request.num_prompt],
         output_ids=tokens[request.num_prompt :],
         stop_ids=np.array(request.stop_ids, np.int32),
+        encoder_ids=np.array(request.encoder_ids, np.int32),
+        cross_blocks=np.array(residency.cross_blocks, np.int32),
     )

@@ -25,16 +25,23 @@ class Residency:
     `num_computed` counts tokens of launched steps, `num_written` those of applied steps. `last_step` is the last
     launched step that names this stay: row and blocks go back when that step was applied. `num_registered` blocks
     are in the prefix cache; `num_borrowed` tokens lie in blocks that others held already at admission.
+    `cross_blocks` hold what the encoder made of its input, from the first step of the stay to its end.
     """
 
     row: int
     blocks: list[int]
+    cross_blocks: list[int]
     num_computed: int
     num_written: int
     num_registered: int
     num_borrowed: int
     last_step: int = 0
     is_closed: bool = False
+
+    @property
+    def all_blocks(self) -> list[int]:
+        """Everything that goes back at the end of the stay."""
+        return self.cross_blocks + self.blocks
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +50,9 @@ class Request:
     steps.
 
     `computed < total` is what makes a request schedulable: there is no prefill phase and no decode phase.
+
+    Of an encoder-decoder model `tokens` are the decoder's, and its start token is their whole prompt; what the client
+    sent is `encoder_ids`. `num_input` counts the client's tokens for either kind.
     """
 
     request_id: str
@@ -51,6 +61,8 @@ class Request:
     params: SamplingParams
     tokens: array[int]
     num_prompt: int
+    num_input: int
+    encoder_ids: array[int]
     eos_ids: frozenset[int]
     stop_token_ids: frozenset[int]
     cache_salt: str
@@ -102,21 +114,25 @@ class Request:
         return "stop_sequence" if self.tokens[-1] in self.stop_token_ids else ""
 
 
-def request_of(submit: Submit, arrival: int) -> Request:
-    """The request of a message.
+def request_of(submit: Submit, arrival: int, decoder_start_id: int | None = None) -> Request:
+    """The request of a message. `decoder_start_id` as in `Ready`: with one, the prompt is for the encoder.
 
     Raises:
         OverflowError: if a token id does not fit 32 bits.
         TypeError: if one is not an integer.
     """
-    params = submit.params
+    params, prompt_ids, encoder_ids = submit.params, submit.prompt_ids, array("i")
+    if decoder_start_id is not None:
+        prompt_ids, encoder_ids = [decoder_start_id], array("i", submit.prompt_ids)
     return Request(
         request_id=submit.request_id,
         epoch=submit.epoch,
         arrival=arrival,
         params=params,
-        tokens=array("i", submit.prompt_ids + submit.output_ids),
-        num_prompt=len(submit.prompt_ids),
+        tokens=array("i", prompt_ids + submit.output_ids),
+        num_prompt=len(prompt_ids),
+        num_input=len(submit.prompt_ids),
+        encoder_ids=encoder_ids,
         eos_ids=frozenset() if params.ignore_eos else frozenset(submit.eos_token_ids),
         stop_token_ids=frozenset(params.stop_token_ids),
         cache_salt=submit.cache_salt,

@@ -1,7 +1,8 @@
 """Decides what the next step computes, and does the books when a step is applied. Ints and lists, no tensors, no clock.
 
 One rule instead of phases (as in vLLM's v1 engine): every request has `computed < total`, and a step hands out tokens,
-running requests first, then waiting ones; long prompts take what the prompt budget leaves, in chunks.
+running requests first, then waiting ones; long prompts take what the prompt budget leaves, in chunks. The encoder of an
+encoder-decoder model runs whole, in the step that admits its request, and for one request of a step at most.
 
     add ──▶ waiting ──admit──▶ running ──finish, abort──▶ releasing ──last step applied──▶ row and blocks are free
                ▲                  │
@@ -34,7 +35,11 @@ BY_ARRIVAL = attrgetter("arrival")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Sizes the scheduler lives in; tokens unless the name says otherwise."""
+    """Sizes the scheduler lives in; tokens unless the name says otherwise.
+
+    `decoder_start_id` as in `Ready`: None for all but encoder-decoder models. Keys and values of those depend on what
+    their encoder read, so equal beginnings of outputs are not shared.
+    """
 
     vocab_size: int
     block_size: int
@@ -43,13 +48,20 @@ class EngineLimits:
     max_total_tokens: int
     max_batch_prefill_tokens: int
     prefix_caching: bool = True
+    decoder_start_id: int | None = None
 
     def __post_init__(self) -> None:
-        kv_tokens = self.num_blocks * self.block_size
-        if fitting_total_tokens(self.max_total_tokens, kv_tokens, self.block_size) < self.max_total_tokens:
-            raise ValueError(f"{self.num_blocks} blocks cannot hold {self.max_total_tokens} tokens and a block more")
+        wanted, kv_tokens = self.max_total_tokens, self.num_blocks * self.block_size
+        if fitting_total_tokens(wanted, kv_tokens, self.block_size, has_encoder=self.has_encoder) < wanted:
+            raise ValueError(f"{self.num_blocks} blocks cannot hold {wanted} tokens and a block more")
+        if self.has_encoder and self.prefix_caching:
+            raise ValueError("an encoder-decoder model has no prefixes to share")
         if self.max_num_seqs < 1 or self.max_batch_prefill_tokens < 1:
             raise ValueError("a step needs at least one row and one token")
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.decoder_start_id is not None
 
 
 def limits_of(ready: Ready, *, prefix_caching: bool) -> EngineLimits:
@@ -61,7 +73,8 @@ def limits_of(ready: Ready, *, prefix_caching: bool) -> EngineLimits:
         max_num_seqs=ready.max_num_seqs,
         max_total_tokens=ready.max_total_tokens,
         max_batch_prefill_tokens=ready.max_batch_prefill_tokens,
-        prefix_caching=prefix_caching,
+        prefix_caching=prefix_caching and ready.decoder_start_id is None,
+        decoder_start_id=ready.decoder_start_id,
     )
 
 
@@ -128,20 +141,26 @@ class Scheduler:
             self._end(request)
 
     def _fault_of(self, request: Request) -> str:
-        limits, tokens = self.limits, request.tokens
-        if request.num_prompt < 1:
+        limits, tokens = self.limits, request.encoder_ids + request.tokens
+        if request.num_input < 1:
             return "the prompt is empty"
         if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
             return f"token ids must be below {limits.vocab_size}"
-        num_total = request.num_prompt + request.params.max_new_tokens
+        num_total = request.num_input + request.params.max_new_tokens
         if num_total > limits.max_total_tokens:
             return f"{num_total} tokens are more than the {limits.max_total_tokens} this worker can hold"
+        if len(request.encoder_ids) > limits.max_batch_prefill_tokens:
+            most = limits.max_batch_prefill_tokens
+            return f"{request.num_input} tokens are more than the {most} that the encoder reads at once"
         return ""
 
     # Launching a step.
 
     def schedule(self, prompt_budget: int) -> Launch | None:
-        """The next step, or None if nobody can compute anything now. At most `prompt_budget` tokens are of prompts."""
+        """The next step, or None if nobody can compute anything now.
+
+        At most `prompt_budget` tokens are of prompts, unless a longer one is alone in the encoder.
+        """
         budget = min(prompt_budget, self.limits.max_batch_prefill_tokens)
         builder = PlanBuilder(self._last_launched + 1, budget, self._freed_rows)
         for request in list(self.running):
@@ -200,7 +219,7 @@ class Scheduler:
     # Admission.
 
     def _admit_waiting(self, builder: PlanBuilder) -> None:
-        """Newcomers in order of arrival, until one does not fit.
+        """Newcomers in order of arrival, until one does not fit or the encoder has its one input.
 
         A request that saw a worker die computes its first token without other newcomers: should it kill this worker
         too, it takes nobody along but those who ran already.
@@ -210,10 +229,12 @@ class Scheduler:
         for request in self.waiting[:MAX_LOOKAHEAD]:
             if not self._free_rows or builder.prompt_budget < 1 or (request.is_suspect and builder.num_admitted):
                 return
+            if not builder.can_encode(len(request.encoder_ids)):
+                return
             hits = self._find_prefix(request)
             if hits is None:
                 continue
-            if not self._admit(request, hits, builder) or request.is_suspect:
+            if not self._admit(request, hits, builder) or request.is_suspect or request.encoder_ids:
                 return
 
     def _find_prefix(self, request: Request) -> list[int] | None:
@@ -232,8 +253,8 @@ class Scheduler:
 
     def _admit(self, request: Request, hits: list[int], builder: PlanBuilder) -> bool:
         num_hit_tokens = len(hits) * self.limits.block_size
-        num_tokens = min(len(request.tokens) - num_hit_tokens, builder.prompt_budget)
-        num_missing = self._blocks_for(num_hit_tokens + num_tokens) - len(hits)
+        num_tokens = min(len(request.tokens) - num_hit_tokens, builder.first_chunk(len(request.encoder_ids)))
+        num_missing = self._blocks_for(num_hit_tokens + num_tokens) - len(hits) + self._num_cross_blocks(request)
         num_borrowed = self.pool.num_in_use(hits) * self.limits.block_size
         if not self.pool.can_hold(hits, num_missing) or not self._fits_later(request, num_borrowed):
             return False
@@ -246,17 +267,20 @@ class Scheduler:
         """Whether the predicted peak with the newcomer stays within the pool. Alone it always fits."""
         if not self.running:
             return True
-        everyone = [*self.running, newcomer]
-        num_own = [r.num_total - (r.residency.num_borrowed if r.residency else num_borrowed) for r in everyone]
+        everyone, size = [*self.running, newcomer], self.limits.block_size
+        num_own = [
+            r.num_total - (r.residency.num_borrowed if r.residency else num_borrowed) + self._num_cross_blocks(r) * size
+            for r in everyone
+        ]
         remaining = [self._forecast.remaining(r.num_output, r.params.max_new_tokens) for r in everyone]
-        peak = peak_blocks(np.array(num_own, np.int32), np.array(remaining, np.int32), self.limits.block_size)
+        peak = peak_blocks(np.array(num_own, np.int32), np.array(remaining, np.int32), size)
         return peak <= self.pool.num_blocks
 
     def _move_in(self, request: Request, hits: list[int], num_borrowed: int, builder: PlanBuilder) -> Residency:
         self.pool.share(hits)
         num_hit_tokens = len(hits) * self.limits.block_size
-        row = heapq.heappop(self._free_rows)
-        residency = Residency(row, list(hits), num_hit_tokens, num_hit_tokens, len(hits), num_borrowed)
+        row, cross_blocks = heapq.heappop(self._free_rows), self.pool.allocate(self._num_cross_blocks(request))
+        residency = Residency(row, list(hits), cross_blocks, num_hit_tokens, num_hit_tokens, len(hits), num_borrowed)
         request.residency = residency
         if request.state is RequestState.WAITING:
             self.stats.prefix_hits += bool(hits)
@@ -361,7 +385,7 @@ class Scheduler:
             return
         self._releasing = [pair for pair in self._releasing if pair[1].last_step > self._last_applied]
         for request, residency in drained:
-            self.pool.release(residency.blocks)
+            self.pool.release(residency.all_blocks)
             heapq.heappush(self._free_rows, residency.row)
             self._freed_rows.append(residency.row)
             if not request.is_ended:
@@ -372,6 +396,9 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
 
+    def _num_cross_blocks(self, request: Request) -> int:
+        return self._blocks_for(len(request.encoder_ids))
+
     def _extend_digests(self, request: Request) -> None:
         num_full = len(request.tokens) // self.limits.block_size
         self._digests.extend(request.digests, request.tokens, request.cache_salt, num_full)
@@ -381,6 +408,8 @@ class Scheduler:
         stats.steps += 1
         stats.batch_max = max(stats.batch_max, len(launch.entries))
         stats.prefill_tokens += launch.num_prompt_tokens
+        stats.encoder_passes += launch.num_encoder_tokens > 0
+        stats.encoder_tokens += launch.num_encoder_tokens
         stats.decode_tokens += launch.num_decodes
         return launch
 
@@ -391,7 +420,7 @@ class Scheduler:
             ValueError: naming the first thing that does not add up.
         """
         stays = [r.residency for r in self.running if r.residency] + [stay for _, stay in self._releasing]
-        self.pool.check([stay.blocks for stay in stays])
+        self.pool.check([stay.all_blocks for stay in stays])
         rows = sorted([stay.row for stay in stays] + self._free_rows)
         if rows != list(range(self.limits.max_num_seqs)):
             raise ValueError(f"rows in use and free are {rows}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class EngineStats:
     """Counted since the start of the engine. `prefix_hits` counts requests that found a part of their prompt
-    computed."""
+    computed; `encoder_tokens` are among the `prefill_tokens`."""
 
     steps: int = 0
     batch_max: int = 0
@@ -18,6 +18,8 @@ class EngineStats:
     chunked_prompts: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    encoder_passes: int = 0
+    encoder_tokens: int = 0
 
     def counters(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -3,7 +3,7 @@
 What attention would read is simulated: each slot of a page holds (position, digest of the whole prefix up to
 there), and a forward pass checks that the pages of a row's block table spell exactly the row's history. The next
 token is a function of (seed, output index, digest as read), so that anything wrong in the pages also changes the
-output.
+output. Of an encoder-decoder model the prefix begins with what the encoder read, which lies in pages of its own.
 
 Like a GPU it is late: what `forward` stages on the side (rows, tables) happens at the call, what it computes
 happens only when the result is collected. Moving into a row or a block that an uncollected step still uses is
@@ -13,7 +13,8 @@ therefore an error.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -38,6 +39,11 @@ def chain(digest: int, token: int) -> int:
     return ((digest ^ (token + 1)) * 6364136223846793005 + 1442695040888963407) & MASK
 
 
+def encoder_digests(init: RowInit) -> list[int]:
+    """One digest per token that the encoder reads, each of everything up to there."""
+    return list(accumulate(init.encoder_ids.tolist(), chain, initial=0))[1:]
+
+
 def token_of(seed: int, output_index: int, digest: int, vocab_size: int, forbidden: list[int]) -> int:
     """What a model would sample next, avoiding `forbidden`."""
     value = chain(chain(digest, seed), output_index) >> 17
@@ -53,16 +59,19 @@ def logprob_of(token: int) -> float:
 
 @dataclass
 class Oracle:
-    """What a request gets when it runs alone; knows nothing of engines."""
+    """What a request gets when it runs alone; knows nothing of engines. With an encoder the decoder's start token comes
+    between prompt and output."""
 
     vocab_size: int
+    decoder_start_id: int | None = None
 
     def generate(
         self, prompt: list[int], output: list[int], params: SamplingParams, eos: list[int]
     ) -> tuple[list[int], str]:
         """All output tokens, those given included, and how the last one ends the request."""
         output, digest = list(output), 0
-        for token in prompt + output:
+        start = [] if self.decoder_start_id is None else [self.decoder_start_id]
+        for token in [*prompt, *start, *output]:
             digest = chain(digest, token)
         eos = [] if params.ignore_eos else eos
         while not (finish := self.finish(output, params, eos)):
@@ -81,16 +90,17 @@ class Oracle:
 
 @dataclass
 class Row:
-    """The truth about one row, kept apart from tables and pages."""
+    """The truth about one row, kept apart from tables and pages. `encoder` are the digests of what the encoder read."""
 
     init: RowInit
     tokens: list[int]
     digests: list[int]
+    encoder: list[int] = field(default_factory=list)
     num_launched: int = -1
 
     def push(self, token: int) -> None:
         self.tokens.append(token)
-        self.digests.append(chain(self.digests[-1] if self.digests else 0, token))
+        self.digests.append(chain([0, *self.encoder, *self.digests][-1], token))
 
 
 @dataclass
@@ -114,7 +124,7 @@ class FakeDevice:
         self.rows: dict[int, Row] = {}
         self.staged: deque[Staged] = deque()
         self.last_step = 0
-        self.num_late_tokens_max = 0
+        self.num_passes_beside_others = 0
 
     def forward(self, plan: StepPlan) -> None:
         self._check_shape(plan)
@@ -125,6 +135,8 @@ class FakeDevice:
         for row in plan.freed_rows.tolist():
             require(not self._is_in_flight(row), f"row {row} was freed while in flight")
             del self.rows[row]
+            self.tables[row] = 0
+        self._check_budget(plan)
         for init in plan.new_rows:
             self._move_in(init)
         self._grow_tables(plan)
@@ -140,6 +152,7 @@ class FakeDevice:
 
     def collect(self, handle: Staged) -> StepResult:
         require(self.staged and self.staged[0] is handle and handle.is_sampled, "collected out of order")
+        self._run_encoder(handle)
         reads = self._read_all(handle)
         ids = self._write_and_sample(handle, reads)
         self.staged.popleft()
@@ -175,24 +188,47 @@ class FakeDevice:
         for array in (plan.rows, plan.num_tokens, plan.starts, plan.tokens, plan.block_ids, plan.freed_rows):
             require(array.dtype == np.int32, "not int32")
 
+    def _check_budget(self, plan: StepPlan) -> None:
+        passes = [len(init.encoder_ids) for init in plan.new_rows if len(init.encoder_ids)]
+        num_paid = int((plan.num_tokens - 1).sum()) + sum(passes)
+        require(len(passes) <= 1, "two encoder passes in one step")
+        require(num_paid <= self.limits.max_batch_prefill_tokens, f"{num_paid} tokens of prompts in one step")
+        self.num_passes_beside_others += bool(passes) and len(plan.rows) > 1
+
     def _is_in_flight(self, row: int) -> bool:
         return any(row in step.plan.rows for step in self.staged)
 
     def _move_in(self, init: RowInit) -> None:
         require(0 <= init.row < self.limits.max_num_seqs and init.row not in self.rows, f"row {init.row} is occupied")
         require(not self._is_in_flight(init.row), f"row {init.row} is reused while in flight")
-        row = Row(init, [], [])
+        self._check_encoder_part(init)
+        row = Row(init, [], [], encoder_digests(init))
         for token in [*init.prompt_ids.tolist(), *init.output_ids.tolist()]:
             row.push(token)
         self.rows[init.row] = row
         self.tables[init.row] = 0
 
+    def _check_encoder_part(self, init: RowInit) -> None:
+        limits, blocks = self.limits, init.cross_blocks.tolist()
+        require((len(init.encoder_ids) > 0) == limits.has_encoder, "encoder ids are missing, or given without encoder")
+        require(len(blocks) == -(-len(init.encoder_ids) // limits.block_size), "too few or too many cross blocks")
+        require(len(set(blocks)) == len(blocks), "a cross block twice in one row")
+        require(all(1 <= block <= limits.num_blocks for block in blocks), "a cross block does not exist")
+        taken = {block for row in self.rows for block in self._blocks_of(row)}
+        require(not taken & set(blocks), f"cross blocks {taken & set(blocks)} are others' already")
+        in_flight = set().union(*(step.blocks for step in self.staged))
+        require(not in_flight & set(blocks), "a cross block is reused while in flight")
+        if limits.has_encoder:
+            require(init.prompt_ids.tolist() == [limits.decoder_start_id], "a decoder begins with its start token")
+
     def _grow_tables(self, plan: StepPlan) -> None:
         starts = dict(zip(plan.rows.tolist(), plan.starts.tolist()))
         in_flight = set().union(*(step.blocks for step in self.staged))
+        crossed = {block for row in self.rows.values() for block in row.init.cross_blocks.tolist()}
         for row, offset, block in zip(plan.block_rows.tolist(), plan.block_offsets.tolist(), plan.block_ids.tolist()):
             require(1 <= block <= self.limits.num_blocks, f"block {block} does not exist")
             require(self.tables[row, offset] == 0 and (offset == 0 or self.tables[row, offset - 1]), "a table has gaps")
+            require(block not in crossed, f"block {block} holds what an encoder read")
             is_fresh = (offset + 1) * self.limits.block_size > starts[row]
             require(not (is_fresh and block in in_flight), f"block {block} is reused while in flight")
             self.tables[row, offset] = block
@@ -200,14 +236,33 @@ class FakeDevice:
     def _launch_row(self, row: Row, start: int, count: int) -> None:
         if row.num_launched < 0:
             require(start % self.limits.block_size == 0, "a prefix hit is not of whole blocks")
+            require(start == 0 or not self.limits.has_encoder, "a prefix hit behind an encoder")
         else:
             require(start == row.num_launched, f"a row jumps from {row.num_launched} to {start}")
         row.num_launched = start + count
 
     def _blocks_of(self, row: int) -> list[int]:
-        return [block for block in self.tables[row].tolist() if block]
+        return [block for block in self.tables[row].tolist() if block] + self.rows[row].init.cross_blocks.tolist()
 
     # Computed late, in order of steps.
+
+    def _run_encoder(self, step: Staged) -> None:
+        for init in step.plan.new_rows:
+            for position, digest in enumerate(encoder_digests(init)):
+                index, slot = divmod(position, self.limits.block_size)
+                block = init.cross_blocks[index]
+                self.positions[block, slot], self.digests[block, slot] = position, digest
+
+    def _read_cross(self, truth: Row) -> int:
+        """The digest of what the encoder read, as the cross pages have it."""
+        init, num_ids = truth.init, len(truth.init.encoder_ids)
+        if not num_ids:
+            return 0
+        positions = self.positions[init.cross_blocks].ravel()[:num_ids]
+        digests = self.digests[init.cross_blocks].ravel()[:num_ids]
+        require(np.array_equal(positions, np.arange(num_ids)), f"{init.request_id}: cross pages hold other positions")
+        require(np.array_equal(digests, truth.encoder), f"{init.request_id}: cross pages hold another input")
+        return int(digests[-1])
 
     def _read_all(self, step: Staged) -> list[int]:
         """The digest of each row's history as its pages have it; all rows read before one of them writes."""
@@ -218,11 +273,12 @@ class FakeDevice:
 
     def _read(self, truth: Row, row: int, start: int) -> int:
         require(self.rows.get(row) is truth, f"row {row} belongs to another request by now")
+        root = self._read_cross(truth)
         blocks = self.tables[row, : -(-start // self.limits.block_size)]
         positions, digests = self.positions[blocks].ravel()[:start], self.digests[blocks].ravel()[:start]
         require(np.array_equal(positions, np.arange(start)), f"{truth.init.request_id}: pages hold other positions")
         require(np.array_equal(digests, truth.digests[:start]), f"{truth.init.request_id}: pages hold another history")
-        return int(digests[-1]) if start else 0
+        return int(digests[-1]) if start else root
 
     def _write_and_sample(self, step: Staged, reads: list[int]) -> list[int]:
         plan, ids, offset = step.plan, [], 0

@@ -17,6 +17,7 @@ from worker.engine.scheduler import EngineLimits, Scheduler
 from worker.pipe import Abort, Commit, Message, Step, Submit
 
 EOS = 7
+START = 3
 MAX_PASSES = 5000
 
 
@@ -32,6 +33,12 @@ def limits(**changes: object) -> EngineLimits:
         "prefix_caching": True,
     }
     return EngineLimits(**(fields | changes))
+
+
+def encoder_limits(**changes: object) -> EngineLimits:
+    """The same for an encoder-decoder model, with the smallest pool that these requests allow."""
+    fields = {"decoder_start_id": START, "prefix_caching": False, "num_blocks": 17}
+    return limits(**(fields | changes))
 
 
 def submit(request_id: str, prompt: list[int], *, output: list[int] | None = None, **fields: object) -> Submit:
@@ -91,6 +98,10 @@ class Harness:
     def stats(self) -> dict[str, float]:
         return self.scheduler.snapshot()
 
+    def expect_no_output(self) -> None:
+        """Let everyone in whose prompt fits, so that the pool runs out again and again."""
+        self.scheduler._forecast.remaining = lambda num_output, max_new_tokens: 0
+
     def submit(self, message: Submit) -> None:
         self.submits[message.request_id] = message
         self.outcomes[message.request_id] = Outcome(ids=list(message.output_ids))
@@ -118,7 +129,7 @@ class Harness:
 
     def check_outcomes(self) -> None:
         """Every request got exactly what it gets alone, an aborted one a prefix of it; nothing is left behind."""
-        oracle = Oracle(self.limits.vocab_size)
+        oracle = Oracle(self.limits.vocab_size, self.limits.decoder_start_id)
         for request_id, outcome in self.outcomes.items():
             message = self.submits[request_id]
             expected, finish = oracle.generate(
@@ -152,9 +163,11 @@ def random_traffic(harness: Harness, seed: int, num_requests: int) -> None:
     """Random arrivals with shared beginnings, equal prompts, stops, migrated jobs, suspects and aborts at any time."""
     rng = random.Random(seed)
     stems = [[rng.randrange(8, 50) for _ in range(24)] for _ in range(3)]
-    oracle = Oracle(harness.limits.vocab_size)
+    oracle = Oracle(harness.limits.vocab_size, harness.limits.decoder_start_id)
     for index in range(num_requests):
         message = random_submit(rng, f"r{index}", rng.choice(stems))
+        if harness.limits.has_encoder:
+            message = replace(message, prompt_ids=message.prompt_ids[-harness.limits.max_batch_prefill_tokens :])
         if rng.random() < 0.2:
             whole, _ = oracle.generate(message.prompt_ids, [], message.params, message.eos_token_ids)
             logged = whole[: rng.randrange(len(whole) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from queue import SimpleQueue
 
 import pytest
@@ -10,20 +11,21 @@ from hypothesis import strategies as st
 
 from common.errors import InferfleetError
 from tests.worker.engine.fake_device import DeviceMisuse, FakeDevice, Staged
-from tests.worker.engine.harness import Harness, limits, random_traffic, submit
+from tests.worker.engine.harness import Harness, encoder_limits, limits, random_traffic, submit
 from worker.engine.device import StepPlan, StepResult
 from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, EngineStalled
 from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
-from worker.engine.scheduler import Scheduler
+from worker.engine.scheduler import EngineLimits, Scheduler
 from worker.pipe import Commit, Failed, Message, Stop, TokenRun
 
 DEPTHS = [0, 1, 2]
 NUM_REQUESTS = 500
 STATS = [
     *("steps", "batch_max", "preemptions", "prefix_hits", "prefix_hit_tokens", "chunked_prompts", "prefill_tokens"),
-    *("decode_tokens", "running", "waiting", "blocks_free", "blocks_total", "step_ms"),
+    *("decode_tokens", "encoder_passes", "encoder_tokens"),
+    *("running", "waiting", "blocks_free", "blocks_total", "step_ms"),
 ]
 
 
@@ -41,9 +43,29 @@ def test_random_traffic_gets_what_each_request_gets_alone(depth: int) -> None:
     harness.check_outcomes()
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_random_traffic_through_an_encoder_gets_what_each_request_gets_alone(depth: int) -> None:
+    harness = Harness(encoder_limits(), depth=depth)
+    harness.expect_no_output()
+    random_traffic(harness, seed=depth, num_requests=NUM_REQUESTS)
+    stats = harness.steps[-1].stats
+    assert stats["preemptions"] >= 10
+    assert stats["chunked_prompts"] >= 5, "outputs of migrated and preempted jobs go through the decoder in chunks"
+    assert stats["batch_max"] >= 3
+    assert stats["encoder_passes"] >= NUM_REQUESTS * 0.8
+    assert stats["prefill_tokens"] > stats["encoder_tokens"] > stats["encoder_passes"]
+    assert stats["prefix_hits"] == 0
+    assert harness.device.num_passes_beside_others >= 100
+    assert sum(outcome.is_aborted and not outcome.finish for outcome in harness.outcomes.values()) >= 3
+    assert {outcome.finish for outcome in harness.outcomes.values()} >= {"length", "eos_token", "stop_sequence"}
+    harness.check_outcomes()
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     depth=st.sampled_from(DEPTHS),
+    has_encoder=st.booleans(),
+    is_hopeful=st.booleans(),
     seed=st.integers(0, 10**6),
     num_blocks=st.integers(16, 40),
     max_num_seqs=st.integers(1, 8),
@@ -51,15 +73,25 @@ def test_random_traffic_gets_what_each_request_gets_alone(depth: int) -> None:
     prefix_caching=st.booleans(),
 )
 def test_any_engine_size_serves_any_traffic(
-    depth: int, seed: int, num_blocks: int, max_num_seqs: int, prefill: int, prefix_caching: bool
+    depth: int,
+    has_encoder: bool,
+    is_hopeful: bool,
+    seed: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    prefill: int,
+    prefix_caching: bool,
 ) -> None:
-    sizes = limits(
-        num_blocks=num_blocks,
+    make = encoder_limits if has_encoder else limits
+    sizes = make(
+        num_blocks=num_blocks + has_encoder,
         max_num_seqs=max_num_seqs,
         max_batch_prefill_tokens=prefill,
-        prefix_caching=prefix_caching,
+        prefix_caching=prefix_caching and not has_encoder,
     )
     harness = Harness(sizes, depth)
+    if is_hopeful:
+        harness.expect_no_output()
     random_traffic(harness, seed, num_requests=25)
     harness.check_outcomes()
 
@@ -138,6 +170,91 @@ def test_a_scheduler_with_a_known_mistake_is_caught(
     harness = Harness(depth=depth, scheduler_class=wrong)
     with pytest.raises(error, match=message):
         random_traffic(harness, seed=depth, num_requests=NUM_REQUESTS)
+        harness.check_outcomes()
+
+
+class SharesPrefixes(Scheduler):
+    """Equal outputs pass for equal keys and values, whatever the encoder read."""
+
+    def __init__(self, sizes: EngineLimits) -> None:
+        super().__init__(sizes)
+        object.__setattr__(sizes, "prefix_caching", True)
+
+
+class ForgetsInput(Scheduler):
+    """Who was preempted comes back as if the encoder need not run again."""
+
+    def _leave(self, request: Request, residency: Residency) -> None:
+        super()._leave(request, residency)
+        request.encoder_ids = array("i")
+
+
+class LosesCrossBlocks(Scheduler):
+    """Who was preempted keeps what the encoder wrote, and nobody remembers it."""
+
+    def _leave(self, request: Request, residency: Residency) -> None:
+        super()._leave(request, residency)
+        residency.cross_blocks = []
+
+
+class FreesCrossBlocksAtOnce(Scheduler):
+    """What the encoder wrote is given away while launched steps read it."""
+
+    def _leave(self, request: Request, residency: Residency) -> None:
+        super()._leave(request, residency)
+        self.pool.release(residency.cross_blocks)
+        residency.cross_blocks = []
+
+
+class EncodesTwo(Scheduler):
+    """Two newcomers in one step."""
+
+    def _admit_waiting(self, builder: PlanBuilder) -> None:
+        super()._admit_waiting(builder)
+        super()._admit_waiting(builder)
+
+
+class EncodesBeyondBudget(Scheduler):
+    """An encoder pass joins whatever prompts there are."""
+
+    def _admit_waiting(self, builder: PlanBuilder) -> None:
+        budget, builder.prompt_budget = builder.prompt_budget, self.limits.max_batch_prefill_tokens
+        super()._admit_waiting(builder)
+        builder.prompt_budget = budget
+
+
+ENCODER_MISTAKES = [
+    (SharesPrefixes, DeviceMisuse, "a prefix hit behind an encoder"),
+    (ForgetsInput, DeviceMisuse, "encoder ids are missing"),
+    (LosesCrossBlocks, ValueError, "holders are"),
+    (FreesCrossBlocksAtOnce, DeviceMisuse, "while in flight|are others' already|holds what an encoder read"),
+    (EncodesTwo, DeviceMisuse, "two encoder passes"),
+    (EncodesBeyondBudget, DeviceMisuse, "tokens of prompts in one step"),
+]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("wrong", "error", "message"), ENCODER_MISTAKES)
+def test_a_scheduler_that_mistreats_an_encoder_is_caught(
+    wrong: type[Scheduler], error: type[Exception], message: str, depth: int
+) -> None:
+    harness = Harness(encoder_limits(), depth=depth, scheduler_class=wrong)
+    harness.expect_no_output()
+    with pytest.raises(error, match=message):
+        random_traffic(harness, seed=depth, num_requests=NUM_REQUESTS)
+        harness.check_outcomes()
+
+
+def test_a_lost_input_changes_the_output() -> None:
+    """What the comparisons above rest on."""
+    harness = Harness(encoder_limits())
+    for name, prompt in (("a", [10, 11]), ("b", [10, 12])):
+        harness.submit(submit(name, prompt, ignore_eos=True))
+    harness.run_until_idle()
+    harness.check_outcomes()
+    assert harness.outcomes["a"].ids != harness.outcomes["b"].ids
+    harness.submits["b"] = submit("b", [10, 11], ignore_eos=True)
+    with pytest.raises(AssertionError):
         harness.check_outcomes()
 
 
@@ -326,8 +443,9 @@ def test_every_step_carries_the_counters_of_the_pipe() -> None:
     assert (last["running"], last["waiting"], last["blocks_free"], last["blocks_total"]) == (0, 0, 20, 20)
 
 
-def test_the_time_of_prompts_reaches_the_pacer() -> None:
-    harness = Harness(limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
+def slow_harness(sizes: EngineLimits) -> Harness:
+    """Every step takes a second, and mixed ones should take 0.2."""
+    harness = Harness(sizes)
     device = RecordingDevice(harness)
     collect = device.collect
 
@@ -337,11 +455,32 @@ def test_the_time_of_prompts_reaches_the_pacer() -> None:
 
     device.collect = slow_collect
     harness.loop.pacer = PrefillPacer(512, 0.2)
+    return harness
+
+
+def test_the_time_of_prompts_reaches_the_pacer() -> None:
+    harness = slow_harness(limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
     harness.submit(submit("a", [10] * 500, ignore_eos=True, max_new_tokens=40))
     harness.run_pass()
     assert [step.stats["step_ms"] for step in harness.steps] == [1000.0]
     harness.submit(submit("b", [11] * 500))
     harness.run_pass()
     assert harness.scheduler.stats.prefill_tokens == 500 + 100
+    harness.run_until_idle()
+    harness.check_outcomes()
+
+
+def test_an_encoder_pass_longer_than_the_paced_budget_runs_whole_beside_those_who_decode() -> None:
+    harness = slow_harness(encoder_limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
+    harness.submit(submit("a", [10] * 500, ignore_eos=True, max_new_tokens=40))
+    harness.run_pass()
+    assert harness.loop.pacer.budget(anyone_decodes=True) == 100
+    for name in "bc":
+        harness.submit(submit(name, [11] * 500))
+    harness.run_pass()
+    assert [run.request_id for run in harness.steps[-1].runs] == ["a", "b"]
+    harness.run_pass()
+    assert [run.request_id for run in harness.steps[-1].runs] == ["a", "b", "c"]
+    assert harness.scheduler.stats.encoder_tokens == harness.scheduler.stats.prefill_tokens == 1500
     harness.run_until_idle()
     harness.check_outcomes()

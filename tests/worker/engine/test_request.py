@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tests.worker.engine.harness import EOS, submit
+from tests.worker.engine.harness import EOS, START, submit
 from worker.engine.request import Request, RequestState, request_of
 
 
@@ -52,6 +52,15 @@ def test_tokens_of_the_log_count_as_output() -> None:
     subject = request([4, 5, 6], max_new_tokens=8)
     assert (subject.num_prompt, subject.num_output, subject.num_total) == (3, 3, 6)
     assert subject.num_uncomputed(0) == 6
+
+
+def test_behind_an_encoder_the_start_token_is_the_prompt() -> None:
+    subject = request_of(submit("r", [1, 2, 3], output=[4, EOS]), 1, START)
+    assert (subject.num_prompt, subject.num_output, subject.num_input) == (1, 2, 3)
+    assert subject.tokens.tolist() == [START, 4, EOS]
+    assert subject.encoder_ids.tolist() == [1, 2, 3]
+    assert subject.finish() == "eos_token"
+    assert not request([4]).encoder_ids
 
 
 def test_nothing_is_computed_beyond_the_last_token_allowed() -> None:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.worker.engine.harness import EOS, limits, submit
+from tests.worker.engine.harness import EOS, START, encoder_limits, limits, submit
 from worker.engine.device import StepResult
 from worker.engine.plan import Launch, PlanBuilder
 from worker.engine.request import Request, request_of
@@ -29,13 +29,16 @@ def result_of(launch: Launch, token: int = 9, errors: dict[int, str] | None = No
 class Bench:
     """A scheduler by hand: requests in, steps launched and applied one at a time."""
 
-    def __init__(self, scheduler_class: type[Scheduler] = Scheduler, **sizes: object) -> None:
-        self.scheduler = scheduler_class(limits(**sizes))
+    def __init__(
+        self, scheduler_class: type[Scheduler] = Scheduler, *, has_encoder: bool = False, **sizes: object
+    ) -> None:
+        self.scheduler = scheduler_class(encoder_limits(**sizes) if has_encoder else limits(**sizes))
         self.num_arrivals = 0
 
     def add(self, request_id: str, prompt: list[int], **fields: object) -> TokenRun | None:
         self.num_arrivals += 1
-        return self.scheduler.add(request_of(submit(request_id, prompt, **fields), self.num_arrivals))
+        message, start_id = submit(request_id, prompt, **fields), self.scheduler.limits.decoder_start_id
+        return self.scheduler.add(request_of(message, self.num_arrivals, start_id))
 
     def launch(self, budget: int = PLENTY) -> Launch:
         launch = self.scheduler.schedule(budget)
@@ -70,9 +73,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(16, 30),
         max_num_seqs=st.integers(1, 6),
         prefill=st.integers(1, 40),
+        has_encoder=st.booleans(),
     )
-    def start(self, depth: int, num_blocks: int, max_num_seqs: int, prefill: int) -> None:
-        sizes = limits(num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_batch_prefill_tokens=prefill)
+    def start(self, depth: int, num_blocks: int, max_num_seqs: int, prefill: int, has_encoder: bool) -> None:
+        make = encoder_limits if has_encoder else limits
+        sizes = make(num_blocks=num_blocks + has_encoder, max_num_seqs=max_num_seqs, max_batch_prefill_tokens=prefill)
         self.depth, self.scheduler = depth, Scheduler(sizes)
         self.launched: deque[Launch] = deque()
         self.ended: set[str] = set()
@@ -83,7 +88,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_arrivals += 1
         prompt = [8 + (seed * 7 + index) % 30 for index in range(length)]
         message = submit(f"r{self.num_arrivals}", prompt, max_new_tokens=max_new, is_suspect=is_suspect)
-        assert self.scheduler.add(request_of(message, self.num_arrivals)) is None
+        sizes = self.scheduler.limits
+        answer = self.scheduler.add(request_of(message, self.num_arrivals, sizes.decoder_start_id))
+        is_too_long = sizes.has_encoder and length > sizes.max_batch_prefill_tokens
+        assert bool(answer and answer.error) == is_too_long
 
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
@@ -96,7 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(budget=st.integers(1, 40))
     def launch(self, budget: int) -> None:
         oldest = self.scheduler.running[0] if self.scheduler.running else None
-        before = self.scheduler.stats.preemptions
+        before, waiting = self.scheduler.stats.preemptions, list(self.scheduler.waiting)
         launch = self.scheduler.schedule(budget)
         if oldest is not None:
             assert oldest in self.scheduler.running, "the oldest was preempted"
@@ -105,7 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if launch is None:
             assert self.launched or not self.scheduler.requests, "nothing can go on"
             return
-        assert launch.num_prompt_tokens <= min(budget, self.scheduler.limits.max_batch_prefill_tokens)
+        budget = min(budget, self.scheduler.limits.max_batch_prefill_tokens)
+        assert launch.num_prompt_tokens <= max(budget, launch.num_encoder_tokens)
+        if self.scheduler.limits.has_encoder:
+            admitted = [request for request in waiting if request.residency is not None]
+            assert admitted == waiting[: len(launch.plan.new_rows)], "overtaken"
+            assert len(admitted) <= 1
         assert len(launch.entries) <= self.scheduler.limits.max_num_seqs
         self.launched.append(launch)
 
@@ -129,6 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert stay is not None
             assert stay.num_registered * 4 <= stay.num_written <= stay.num_computed <= request.num_total
             assert stay.num_computed <= len(stay.blocks) * 4
+            assert len(stay.cross_blocks) == -(-len(request.encoder_ids) // 4)
+            assert not stay.num_registered or not request.encoder_ids
             assert len(request.tokens) - request.num_prompt + request.num_in_flight <= request.params.max_new_tokens
 
     def teardown(self) -> None:
@@ -142,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 # The prefix cache.
@@ -520,7 +535,8 @@ def test_what_does_not_fit_is_not_overtaken() -> None:
     assert ids_of(bench.step()) == ["a"]
 
 
-def test_limits_come_from_the_loaded_device() -> None:
+@pytest.mark.parametrize(("has_encoder", "is_caching"), [(False, True), (False, False), (True, True)])
+def test_limits_come_from_the_loaded_device(has_encoder: bool, is_caching: bool) -> None:
     ready = Ready(
         vocab_size=50,
         dtype="float32",
@@ -534,13 +550,162 @@ def test_limits_come_from_the_loaded_device() -> None:
         max_batch_prefill_tokens=16,
         step_limit_s=60.0,
         reasons=[],
+        decoder_start_id=START if has_encoder else None,
     )
-    assert limits_of(ready, prefix_caching=False) == EngineLimits(
+    assert limits_of(ready, prefix_caching=is_caching) == EngineLimits(
         vocab_size=50,
         block_size=4,
         num_blocks=21,
         max_num_seqs=6,
         max_total_tokens=60,
         max_batch_prefill_tokens=16,
-        prefix_caching=False,
+        prefix_caching=is_caching and not has_encoder,
+        decoder_start_id=START if has_encoder else None,
     )
+
+
+# Encoder and decoder.
+
+
+def test_the_encoder_reads_the_prompt_and_the_decoder_begins_with_its_start_token() -> None:
+    bench = Bench(has_encoder=True)
+    bench.add("a", list(range(10, 19)), stop_token_ids=(9,), min_tokens=4)
+    launch = bench.launch()
+    (init,) = launch.plan.new_rows
+    assert init.encoder_ids.tolist() == list(range(10, 19))
+    assert (init.prompt_ids.tolist(), init.output_ids.tolist()) == ([START], [])
+    assert len(init.cross_blocks) == 3
+    assert not set(init.cross_blocks) & set(launch.plan.block_ids)
+    assert launch.plan.tokens.tolist() == [START]
+    assert (launch.num_prompt_tokens, launch.num_encoder_tokens, launch.num_decodes) == (9, 9, 1)
+    (request,) = bench.scheduler.running
+    assert (request.num_output, request.num_in_flight) == (0, 1)
+    assert [run.finish for run in bench.apply(launch)] == [""], "one token is below min_tokens"
+    assert request.num_output == 1
+    following = bench.step()
+    assert not following.plan.new_rows, "the input goes through the encoder once"
+    assert (following.plan.starts.tolist(), following.plan.tokens.tolist()) == ([1], [9])
+
+
+def test_one_encoder_pass_a_step_in_the_order_of_arrival_beside_those_who_decode() -> None:
+    bench = Bench(has_encoder=True)
+    for name, length in (("a", 12), ("b", 16), ("c", 1)):
+        bench.add(name, [10] * length, max_new_tokens=4)
+    steps = [bench.step() for _ in range(3)]
+    assert [ids_of(step) for step in steps] == [["a"], ["a", "b"], ["a", "b", "c"]]
+    assert [step.num_encoder_tokens for step in steps] == [12, 16, 1]
+    assert bench.scheduler.stats.encoder_passes == 3
+
+
+def test_an_encoder_pass_is_not_cut_to_a_smaller_budget() -> None:
+    bench = Bench(has_encoder=True)
+    bench.add("a", [10] * 12, max_new_tokens=20)
+    bench.add("b", [11] * 16, max_new_tokens=4)
+    assert ids_of(bench.step(budget=3)) == ["a"]
+    assert ids_of(bench.step(budget=3)) == ["a", "b"]
+    assert bench.scheduler.stats.chunked_prompts == 0
+
+
+def test_an_encoder_pass_waits_for_prompts_that_it_would_lengthen_the_step_of() -> None:
+    bench = Bench(has_encoder=True, num_blocks=30)
+    bench.add("a", [10] * 12, output=[20] * 24, max_new_tokens=30)
+    bench.add("b", [11] * 8, max_new_tokens=4)
+    bench.add("c", [12], max_new_tokens=4)
+    steps = [bench.step() for _ in range(4)]
+    assert [step.plan.num_tokens.tolist() for step in steps] == [[1 + 4], [16], [4, 1], [1, 1, 1]]
+    assert [step.num_prompt_tokens for step in steps] == [16, 16, 12, 1]
+    assert ids_of(steps[2]) == ["a", "b"], "what is left of the budget is enough for b"
+
+
+def test_an_input_as_long_as_the_budget_leaves_room_for_the_start_token_alone() -> None:
+    bench = Bench(has_encoder=True)
+    bench.add("a", [10] * 16, output=[20, 21], max_new_tokens=4)
+    first, second = bench.step(), bench.step()
+    (init,) = first.plan.new_rows
+    assert (init.prompt_ids.tolist(), init.output_ids.tolist()) == ([START], [20, 21])
+    assert (first.plan.tokens.tolist(), first.plan.samples.tolist()) == ([START], [False])
+    assert (second.plan.tokens.tolist(), second.plan.samples.tolist()) == ([20, 21], [True])
+    assert (first.num_prompt_tokens, first.num_decodes) == (16, 0)
+    assert (second.num_prompt_tokens, second.num_decodes) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "error"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([50], {}, "token ids must be below 50"),
+        ([-1], {"output": [4]}, "token ids must be below 50"),
+        ([1] * 16, {"max_new_tokens": 45}, "61 tokens are more than the 60 this worker can hold"),
+        ([1] * 17, {}, "17 tokens are more than the 16 that the encoder reads at once"),
+    ],
+)
+def test_an_input_that_cannot_run_here_ends_at_once(prompt: list[int], fields: dict, error: str) -> None:
+    bench = Bench(has_encoder=True)
+    answer = bench.add("a", prompt, **fields)
+    assert answer is not None
+    assert (answer.ids, answer.finish, answer.error) == ([], "error", error)
+    assert not bench.scheduler.has_requests
+
+
+@pytest.mark.parametrize(("token", "finish"), [(START, ""), (EOS, "eos_token")])
+def test_the_start_token_is_no_output(token: int, finish: str) -> None:
+    """Also where it is an end-of-sequence id at the same time."""
+    bench = Bench(has_encoder=True, decoder_start_id=EOS)
+    assert bench.add("a", [10]) is None
+    assert [run.finish for run in bench.apply(bench.launch(), token=token)] == [finish]
+
+
+def test_cross_blocks_go_back_with_the_last_step_that_names_their_row() -> None:
+    bench = Bench(has_encoder=True)
+    num_blocks = bench.scheduler.limits.num_blocks
+    bench.add("a", [10] * 12)
+    first, second = bench.launch(), bench.launch()
+    bench.apply(first, token=EOS)
+    assert bench.scheduler.pool.num_free == num_blocks - 4
+    bench.apply(second)
+    assert bench.scheduler.pool.num_free == num_blocks
+    assert bench.scheduler.pool.num_cached == 0
+
+
+def test_a_preempted_request_gives_both_tables_back_and_comes_with_its_input_again() -> None:
+    bench = Bench(has_encoder=True, num_blocks=17)
+    bench.scheduler._forecast.remaining = lambda num_output, max_new_tokens: 0
+    for name in "ab":
+        bench.add(name, [10] * 15, max_new_tokens=40, ignore_eos=True)
+    for _ in range(2):
+        bench.step()
+    victim = bench.scheduler.requests["b"]
+    assert victim.residency is not None
+    while not bench.scheduler.stats.preemptions:
+        bench.step()
+    (other,) = bench.scheduler.running
+    assert other.residency is not None
+    assert bench.scheduler.pool.num_free == 17 - len(other.residency.all_blocks)
+    num_output = victim.num_output
+    while victim.residency is None:
+        launch = bench.step()
+    (init,) = launch.plan.new_rows
+    assert init.encoder_ids.tolist() == [10] * 15
+    assert len(init.output_ids) == num_output > 0
+    assert len(init.cross_blocks) == 4
+    assert bench.scheduler.stats.encoder_passes == 3
+
+
+@pytest.mark.parametrize("num_input", range(1, 60))
+def test_the_oldest_runs_to_its_end_in_the_smallest_pool_however_it_is_divided(num_input: int) -> None:
+    bench = Bench(has_encoder=True, max_batch_prefill_tokens=60)
+    bench.scheduler._forecast.remaining = lambda num_output, max_new_tokens: 0
+    bench.add("a", [10] * num_input, max_new_tokens=60 - num_input, ignore_eos=True)
+    bench.add("b", [11] * 9, max_new_tokens=51, ignore_eos=True)
+    assert first_to_end(bench) == "a"
+
+
+def test_the_predicted_peak_counts_what_the_encoder_leaves() -> None:
+    steps = []
+    for num_blocks in (18, 19):
+        bench = Bench(has_encoder=True, num_blocks=num_blocks, max_batch_prefill_tokens=40)
+        bench.add("a", [10] * 20, max_new_tokens=24)
+        bench.add("b", [11] * 36, max_new_tokens=4)
+        bench.step()
+        steps.append(ids_of(bench.step()))
+    assert steps == [["a"], ["a", "b"]], "5 and 9 blocks for what they read, 4 for the answers, one more for each"
