@@ -41,19 +41,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = tiny_llama.CASES | tiny_gpt.CASES
 
 
 def build(name: str) -> Any:
-    """The transformers model of a case, float32, eager attention, evaluation mode."""
+    """The transformers model of a case, float32, evaluation mode."""
     prefix, differences = CASES[name]
-    return build_from(prefix, **differences)
+    return build_from(prefix, attention="sdpa" if name in tiny_gpt.SDPA_CASES else "eager", **differences)
 
 
-def build_from(prefix: str, *, seed: int = 0, **differences: Any) -> Any:
-    config = getattr(transformers, f"{prefix}Config")(**SIZES | differences)
+def build_from(prefix: str, *, seed: int = 0, attention: str = "eager", **differences: Any) -> Any:
+    config = config_from(prefix, **differences)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().float()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _draw(parameter_name, parameter)
     return model
+
+
+def config_of(name: str) -> Any:
+    """The transformers configuration of a case."""
+    prefix, differences = CASES[name]
+    return config_from(prefix, **differences)
+
+
+def config_from(prefix: str, **differences: Any) -> Any:
+    own = tiny_gpt.OWN_KEYS.get(prefix, {})
+    named = {own.get(key, key): value for key, value in (SIZES | differences).items()}
+    named.pop(None, None)
+    return getattr(transformers, f"{prefix}Config")(**named)
 
 
 def _draw(name: str, parameter: torch.Tensor) -> None:
@@ -63,7 +76,8 @@ def _draw(name: str, parameter: torch.Tensor) -> None:
     elif parameter.dim() == 1:
         parameter.copy_(noise * 0.3)
     else:
-        parameter.copy_(noise * (0.5 if "embed" in name else 0.15))
+        is_embedding = any(part in name for part in ("embed", "wte", "wpe"))
+        parameter.copy_(noise * (0.5 if is_embedding else 0.15))
 
 
 def save(name: str, folder: Path) -> Path:

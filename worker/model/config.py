@@ -67,6 +67,7 @@ class ConfigReader:
         self._values = dict(values)
         self._where = where
         self._consumed: set[str] = set()
+        self._own_names: dict[str, str] = {}
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value as it is; `default` only where the key is absent, since null means something of its own."""
@@ -77,34 +78,63 @@ class ConfigReader:
         value = self.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.error(f"{name} must be a positive integer, not {value!r}")
+            raise self.error(f"{self._own_name(name)} must be a positive integer, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name)
         value = default if value is None else value
         if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise self.error(f"{name} must be a positive number, not {value!r}")
+            raise self.error(f"{self._own_name(name)} must be a positive number, not {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
         if value is not None and not isinstance(value, bool):
-            raise self.error(f"{name} must be true or false, not {value!r}")
+            raise self.error(f"{self._own_name(name)} must be true or false, not {value!r}")
         return bool(value)
 
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
         value = self.get(name, default)
         if value not in ACTIVATIONS:
-            raise self.error(f"{name} {value!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise self.error(f"{self._own_name(name)} {value!r} is not supported; supported are {known}")
         return ACTIVATIONS[value]
 
     def rename(self, **names: str) -> None:
         """Values under a key of `names` move to the key it stands for, unless that one has a value already."""
         for old, new in names.items():
+            if new not in self._values:
+                self._own_names[new] = old
             if old in self._values:
                 self._values.setdefault(new, self._values[old])
                 self._consumed.add(old)
+
+    def assume(self, **values: Any) -> None:
+        """What holds in files of this family that say nothing."""
+        self._values = values | self._values
+
+    def ignore(self, *names: str) -> None:
+        """Keys that mean nothing in this family, whatever they say."""
+        self._consumed.update(names)
+
+    def require(self, **values: Any) -> None:
+        """Accept keys at these values only: what else they may say in this family is not available."""
+        for name, value in values.items():
+            found = self.get(name, value)
+            if found is not None and found != value:
+                raise self.error(f"{self._own_name(name)} must be {value!r} in this version, not {found!r:.60}")
+
+    def section(self, name: str) -> ConfigReader:
+        """A reader of the object under a key, empty where there is none; it is the caller's to finish."""
+        values = self.get(name)
+        if values is not None and not isinstance(values, dict):
+            raise self.error(f"{self._own_name(name)} must be an object, not {values!r:.60}")
+        return ConfigReader(values or {}, f"{self._where}: {name}")
+
+    def _own_name(self, name: str) -> str:
+        """What the file calls the key that we call `name`."""
+        return self._own_names.get(name, name)
 
     def rope(self, default_theta: float = 10_000.0, *, head_dim: int | None = None, default_share: float = 1.0) -> Rope:
         """Rope in one form out of `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones).
@@ -163,7 +193,7 @@ class ConfigReader:
         """
         unknown = [name for name in self._values if name not in self._consumed and self._matters(name)]
         if unknown:
-            found = ", ".join(f"{name}={self._values[name]!r:.60}" for name in sorted(unknown))
+            found = ", ".join(f"{self._own_name(name)}={self._values[name]!r:.60}" for name in sorted(unknown))
             raise self.error(f"not supported for this model type: {found}")
 
     def _matters(self, name: str) -> bool:
