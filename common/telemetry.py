@@ -39,5 +39,5 @@ def set_up_logging(level: str, *, json_output: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if json_output else _TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in ("httpx", "httpcore", "uvicorn.access", "filelock", "urllib3"):
+    for name in ("httpx", "httpx2", "httpcore", "uvicorn.access", "filelock", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -13,6 +13,7 @@ from common.settings import (
     WITHOUT_MEANING,
     CommonSettings,
     GatewaySettings,
+    PrepareSettings,
     UpSettings,
     WorkerSettings,
     environment_name,
@@ -23,6 +24,7 @@ SECTIONS: tuple[tuple[str, type[BaseSettings], tuple[type[BaseSettings], ...]], 
     ("`inferfleet gateway`", GatewaySettings, (CommonSettings,)),
     ("`inferfleet worker`", WorkerSettings, (CommonSettings,)),
     ("`inferfleet up`", UpSettings, (GatewaySettings, WorkerSettings)),
+    ("`inferfleet prepare`", PrepareSettings, ()),
 )
 
 
@@ -35,6 +37,9 @@ def flags(settings_class: type[BaseSettings], name: str) -> str:
 def rows(settings_class: type[BaseSettings], inherited: tuple[type[BaseSettings], ...]) -> Iterator[str]:
     for name, field in settings_class.model_fields.items():
         if any(name in parent.model_fields for parent in inherited):
+            continue
+        if field.is_required():
+            yield f"| `{name.upper()}` | | | {field.description} |"
             continue
         default = "" if field.default in (None, "", PydanticUndefined) or field.default == [] else f"`{field.default}`"
         variable = environment_name(settings_class, name)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 from common.card import ModelCard, lane_of
 from common.errors import ConfigurationError
 from common.settings import WorkerSettings
+from worker.hub import SMALL_FILES, WEIGHT_FILES, HubModel, ProgressLines, fetch, local_folder
 from worker.pipe import Ready
 
-WEIGHT_PATTERN = "*.safetensors"
-SMALL_FILES = ["*.json", "*.jinja"]
 SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,56 +63,23 @@ def find_model(settings: WorkerSettings) -> Path:
     Raises:
         ConfigurationError: one sentence with the fix.
     """
-    folder = Path(settings.model_id).expanduser()
-    if not folder.is_dir():
-        if settings.model_id.startswith((".", "/", "~")):
-            raise ConfigurationError(f"there is no folder {settings.model_id}; check --model-id")
-        folder = _download(settings)
-    if settings.load_format != "dummy" and not any(folder.glob(WEIGHT_PATTERN)):
+    is_dummy = settings.load_format == "dummy"
+    folder = local_folder(settings.model_id, "--model-id")
+    if folder is None:
+        model = HubModel(settings.model_id, settings.revision, settings.huggingface_hub_cache)
+        progress = ProgressLines("downloading", logger.info)
+        folder = fetch(model, SMALL_FILES if is_dummy else (*SMALL_FILES, *WEIGHT_FILES), progress)
+    if not is_dummy and not any(folder.glob(WEIGHT_FILES[0])):
         raise ConfigurationError(
-            f"{settings.model_id} has no .safetensors file, and pickled weights are never loaded; convert it with "
-            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            f"{settings.model_id} has no .safetensors file, and pickled weights are never loaded because unpickling "
+            f"runs code; `{_prepare_command(settings)}` converts them"
         )
     return folder
 
 
-def _download(settings: WorkerSettings) -> Path:
-    # Imported here: a local model does not need it, and it takes a while.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    weights = [] if settings.load_format == "dummy" else [WEIGHT_PATTERN]
-    try:
-        return Path(
-            snapshot_download(
-                settings.model_id,
-                revision=settings.revision,
-                cache_dir=settings.huggingface_hub_cache,
-                allow_patterns=[*SMALL_FILES, *weights],
-            )
-        )
-    except HFValidationError as error:
-        message = f"{settings.model_id!r} is neither a folder nor a hub id; check --model-id"
-        raise ConfigurationError(message) from error
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(_download_problem(settings, error)) from error
-
-
-def _download_problem(settings: WorkerSettings, error: Exception) -> str:
-    from huggingface_hub import errors
-
-    name = settings.model_id
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {settings.revision!r}; check --revision"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the hub has no model {name}, or it is private: check --model-id, or set HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"{name} is not in the cache and the hub cannot be reached: check the network or give a local folder"
-    if getattr(error, "errno", None) == 28:
-        return f"no space left to download {name}: free some, or point --huggingface-hub-cache to another disk"
-    return f"cannot download {name}: {' '.join(str(error).split())[:300]}"
+def _prepare_command(settings: WorkerSettings) -> str:
+    revision = ["--revision", settings.revision] if settings.revision else []
+    return shlex.join(["inferfleet", "prepare", settings.model_id, *revision])
 
 
 def read_model(folder: Path, settings: WorkerSettings) -> ModelFiles:
@@ -121,8 +91,7 @@ def read_model(folder: Path, settings: WorkerSettings) -> ModelFiles:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigurationError(
-            f"{settings.model_id} has no tokenizer.json; make one with transformers: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{settings.model_id} has no tokenizer.json; `{_prepare_command(settings)}` makes one of its other files"
         )
     tokenizer_json = path.read_bytes()
     token_ids, special_ids = _token_ids(tokenizer_json)
@@ -234,6 +203,7 @@ def make_card(files: ModelFiles, ready: Ready, settings: WorkerSettings) -> Mode
         eos_token_ids=files.eos_token_ids,
         special_ids=files.special_ids,
         default_sampling=sampling,
+        is_encoder_decoder=ready.decoder_start_id is not None,
     )
 
 

@@ -63,7 +63,7 @@ class BadCommand:
 
 
 BAD = [
-    BadCommand(["serve"], "inferfleet: no command 'serve'; there are up, gateway, worker, ctl, chat, demo, edge, version"),
+    BadCommand(["serve"], "inferfleet: no command 'serve'; there are up, gateway, worker, prepare, ctl, chat, demo, edge, version"),
     BadCommand(["up", "--prot", "1"], "inferfleet up: unknown option --prot; did you mean --port?"),
     BadCommand(["up", "--port", "x"], "inferfleet up: --port: Input should be a valid integer, unable to parse string as an integer"),
     BadCommand(["up"], "inferfleet up: --port: Input should be less than or equal to 65535", environment={"PORT": "99999"}),

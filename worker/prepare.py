@@ -1,0 +1,262 @@
+"""Makes a model folder that can be served: weights as safetensors, and a tokenizer.json.
+
+A folder that is ready is left alone, and what was stopped goes on where it stopped: as long as a folder is unfinished,
+a small file in it notes what its weights are made of. Nothing that was there before is ever removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.errors import ConfigurationError
+from common.settings import PrepareSettings
+from worker.conversion import INDEX_NAME, SHARD_BYTES, Say, convert, find_pickles, plan, written_whole
+from worker.hub import (
+    NO_SPACE,
+    PICKLED_FILES,
+    SMALL_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    HubModel,
+    fetch,
+    local_folder,
+)
+from worker.model.checkpoint import find_files, read_header
+from worker.runner.memory import readable
+
+STATE_NAME = ".inferfleet-prepare.json"
+CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer.json"
+
+ShowProgress = Callable[[str, int, int], None]
+"""Called with a word for what is done, bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Where the work is shown: `say` takes a line."""
+
+    say: Say
+    show_progress: ShowProgress
+
+
+def prepare(settings: PrepareSettings, screen: Screen, *, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Do all that is missing. Returns the options with which `inferfleet up` serves the model.
+
+    Raises:
+        ConfigurationError: one sentence that says what is wrong.
+    """
+    local = local_folder(settings.model, "MODEL")
+    source = local or _fetch(settings, screen)
+    if not (source / CONFIG_NAME).is_file():
+        raise ConfigurationError(f"there is no {CONFIG_NAME} in {source}; is {settings.model} a model?")
+    if _is_ready(source):
+        screen.say(_nothing_to_do(settings.model))
+        return _options(settings) if local is None else ["--model-id", str(source.resolve())]
+    target = _target(settings, source, is_local=local is not None)
+    if _is_ready(target):
+        screen.say(_nothing_to_do(str(target)))
+    else:
+        _prepare_folder(source, target, screen, shard_bytes)
+    return ["--model-id", str(target.resolve())]
+
+
+def _nothing_to_do(name: str) -> str:
+    return f"{name} has safetensors and a {TOKENIZER_NAME} already: there is nothing to do"
+
+
+def _fetch(settings: PrepareSettings, screen: Screen) -> Path:
+    """The hub's files: safetensors where there are some, else the pickled ones."""
+    model = HubModel(settings.model, settings.revision, settings.huggingface_hub_cache)
+
+    def fetch_with(weights: Sequence[str]) -> Path:
+        patterns = (*SMALL_FILES, *TOKENIZER_FILES, *weights)
+        return fetch(model, patterns, lambda done, total: screen.show_progress("downloading", done, total))
+
+    folder = fetch_with(WEIGHT_FILES)
+    return folder if any(folder.glob(WEIGHT_FILES[0])) else fetch_with(PICKLED_FILES)
+
+
+def _is_ready(folder: Path) -> bool:
+    return _has_weights(folder) and (folder / TOKENIZER_NAME).is_file() and not (folder / STATE_NAME).exists()
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are safetensors. Raises ConfigurationError for some that are damaged or incomplete."""
+    try:
+        files = find_files(folder)
+    except ConfigurationError:
+        if (folder / INDEX_NAME).is_file():
+            raise
+        return False
+    for path in files:
+        read_header(path)
+    return True
+
+
+def _options(settings: PrepareSettings) -> list[str]:
+    given = {"--revision": settings.revision, "--huggingface-hub-cache": settings.huggingface_hub_cache}
+    more = [word for option, value in given.items() if value for word in (option, value)]
+    return ["--model-id", settings.model, *more]
+
+
+def _target(settings: PrepareSettings, source: Path, *, is_local: bool) -> Path:
+    """The folder of --output; else a local model's own, or one named after a hub's model.
+
+    Raises:
+        ConfigurationError: there is something else in it.
+    """
+    if settings.output:
+        target = Path(settings.output).expanduser()
+    else:
+        target = source if is_local else Path(settings.model.rpartition("/")[2])
+    if target.exists() and not _is_ours(target, source):
+        raise ConfigurationError(f"{target} is there already and holds something else; choose another --output")
+    return target
+
+
+def _is_ours(target: Path, source: Path) -> bool:
+    """Whether a folder is empty, or was begun for this model."""
+    if not target.is_dir():
+        return False
+    config = target / CONFIG_NAME
+    is_same = config.is_file() and config.read_bytes() == (source / CONFIG_NAME).read_bytes()
+    return is_same or (target / STATE_NAME).exists() or not any(target.iterdir())
+
+
+def _prepare_folder(source: Path, target: Path, screen: Screen, shard_bytes: int) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _claimed(target) as notes:
+            if not target.samefile(source):
+                _copy_small_files(source, target)
+            if not (target / TOKENIZER_NAME).is_file():
+                screen.say(f"making {TOKENIZER_NAME}")
+                make_tokenizer(target)
+            if not _has_weights(source):
+                _convert(source, target, notes, screen, shard_bytes)
+            elif not target.samefile(source):
+                _link_weights(source, target)
+    except OSError as error:
+        raise ConfigurationError(_disk_problem(target, error)) from error
+
+
+def _disk_problem(target: Path, error: OSError) -> str:
+    if error.errno == NO_SPACE:
+        return f"no space left in {target}: free some; the same command goes on where it stopped"
+    return f"{error.filename or target}: {error.strerror}; --output names another folder to write to"
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[BinaryIO]:
+    """The file of notes, locked while somebody works in the folder; it stays when the work was begun and not ended."""
+    path = folder / STATE_NAME
+    with path.open("a+b") as notes:
+        try:
+            fcntl.flock(notes, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"another `inferfleet prepare` is at work in {folder}") from error
+        try:
+            yield notes
+        except BaseException:
+            if not notes.seek(0, os.SEEK_END):
+                path.unlink()
+            raise
+        path.unlink()
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    for pattern in (CONFIG_NAME, *SMALL_FILES, *TOKENIZER_FILES):
+        for path in source.glob(pattern):
+            if path.name != STATE_NAME and not path.name.endswith(".index.json"):
+                with written_whole(target / path.name) as file:
+                    file.write(path.read_bytes())
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json, and what belongs to it and is missing, from the other files of a tokenizer.
+
+    Raises:
+        ConfigurationError: transformers is not there, or cannot do it.
+    """
+    try:
+        # Imported here: only few models need it, and a worker is installed without it.
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{folder} has no {TOKENIZER_NAME}, and making one needs transformers: `pip install transformers "
+            "sentencepiece`, then the same command again"
+        ) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer.save_pretrained(scratch)
+            made = sorted(Path(scratch).iterdir())
+            if TOKENIZER_NAME not in [path.name for path in made]:
+                raise ValueError("its class has no fast variant")
+        except Exception as error:
+            # every tokenizer class fails in ways of its own
+            reason = " ".join(str(error).split())[:200]
+            message = f"no {TOKENIZER_NAME} can be made of the files in {folder} ({reason}); put one there"
+            raise ConfigurationError(message) from error
+        for path in made:
+            if not (folder / path.name).exists():
+                with written_whole(folder / path.name) as file:
+                    file.write(path.read_bytes())
+
+
+def _convert(source: Path, target: Path, notes: BinaryIO, screen: Screen, shard_bytes: int) -> None:
+    pickles = find_pickles(source)
+    stamp = _stamp(pickles, shard_bytes)
+    shards = plan(pickles, shard_bytes, screen.say)
+    is_resumed = _read_notes(notes) == stamp
+    _write_notes(notes, stamp)
+
+    def show(done: int, total: int) -> None:
+        screen.show_progress("converting", done, total)
+
+    convert(shards, target, show, is_resumed=is_resumed)
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    screen.say(f"converted {readable(num_bytes)} of weights into {len(shards)} files in {target}")
+
+
+def _stamp(pickles: Sequence[Path], shard_bytes: int) -> dict[str, Any]:
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in pickles}
+    return {"pickles": files, "shard_bytes": shard_bytes}
+
+
+def _read_notes(notes: BinaryIO) -> Any:
+    notes.seek(0)
+    try:
+        return json.loads(notes.read())
+    except ValueError:
+        return None
+
+
+def _write_notes(notes: BinaryIO, stamp: dict[str, Any]) -> None:
+    notes.truncate(0)
+    notes.write(json.dumps(stamp).encode())
+    notes.flush()
+    os.fsync(notes.fileno())
+
+
+def _link_weights(source: Path, target: Path) -> None:
+    """Give the files a second name in `target`, which costs no space; where that does not work, copy them."""
+    index = source / INDEX_NAME
+    for path in [*find_files(source), *([index] if index.is_file() else [])]:
+        try:
+            os.link(path.resolve(), target / path.name)
+        except FileExistsError:
+            continue
+        except OSError:
+            with path.open("rb") as reader, written_whole(target / path.name) as writer:
+                shutil.copyfileobj(reader, writer)
