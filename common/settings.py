@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, Validation
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliPositionalArg,
     CliSettingsSource,
     EnvSettingsSource,
     NoDecode,
@@ -94,8 +95,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
-class CommonSettings(BaseSettings):
-    """Options of every process."""
+class _Settings(BaseSettings):
+    """How options are read, whatever they are."""
 
     model_config = SettingsConfigDict(
         env_prefix="INFERFLEET_",
@@ -109,6 +110,21 @@ class CommonSettings(BaseSettings):
         protected_namespaces=(),
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+
+class CommonSettings(_Settings):
+    """Options of every process."""
+
     redis_url: SecretStr | None = option(
         None, "Redis or Valkey >= 7.0 as redis://, rediss:// or unix://; none: `up` starts its own", "redis_url"
     )
@@ -120,17 +136,6 @@ class CommonSettings(BaseSettings):
     lease: PositiveFloat = option(6.0, "seconds without a heartbeat after which a worker is declared dead")
     ephemeral: bool = option(False, "no append-only file, and results are erased 60 s after their end")
     max_attempts: PositiveInt = option(3, "deaths of a worker, without a new token, after which a job is a dead letter")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Environment(settings_cls)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -245,6 +250,17 @@ class UpSettings(GatewaySettings, WorkerSettings):
     gateways: Annotated[int, Field(ge=1, le=64)] = option(1, "gateway processes, on ports counted up from --port")
     fresh: bool = option(False, "drop the jobs of the last run")
     redis_maxmemory: str = option("", "memory limit of the embedded Redis, such as 2gb")
+
+
+class PrepareSettings(_Settings):
+    """Fetch a model, convert pickled weights to safetensors and make tokenizer.json, as far as the model needs it."""
+
+    model: CliPositionalArg[str] = Field(description="local folder or hub id")
+    revision: str | None = option(None, "branch, tag or commit of a hub id", "revision")
+    output: str | None = option(
+        None, "folder to write to; none: a local model's own, or one with the name of a hub's model"
+    )
+    huggingface_hub_cache: str | None = option(None, "folder for downloads from the hub", "huggingface_hub_cache")
 
 
 class _OneLineParser(argparse.ArgumentParser):
