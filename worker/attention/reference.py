@@ -9,19 +9,20 @@ from worker.attention import Batch, LayerShape
 
 
 class ReferenceAttention:
-    """Scores in the type of the queries, softmax in float32 or wider. Slow on purpose: nothing here is clever."""
+    """All in float32 or wider, rounded to the type of the queries at the end. Slow on purpose: nothing is clever."""
 
     def prepare(self, batch: Batch, block_size: int) -> Batch:
         return batch
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: Batch, layer: LayerShape) -> Tensor:
+        assert layer.window is None or meta.num_keys is None
         outputs, first = [], 0
+        lengths = meta.starts + meta.num_queries if meta.num_keys is None else meta.num_keys
         for row, count in enumerate(meta.num_queries.tolist()):
-            start = int(meta.starts[row])
+            start, length = int(meta.starts[row]), int(lengths[row])
             table = torch.from_numpy(meta.block_tables[row]).to(q.device)
-            k = _gather(k_pages, table, start + count)
-            v = _gather(v_pages, table, start + count)
-            outputs.append(_attend_row(q[first : first + count], k, v, start, layer))
+            k, v = _gather(k_pages, table, length), _gather(v_pages, table, length)
+            outputs.append(_attend_row(q[first : first + count], k, v, start, layer, meta.num_keys is None))
             first += count
         return torch.cat(outputs)
 
@@ -32,16 +33,22 @@ def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
     return pages[table[:num_blocks]].flatten(0, 1)[:length]
 
 
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, start: int, layer: LayerShape) -> Tensor:
-    """`q` [n, heads, d] at positions start .. start + n - 1; `k`, `v` [start + n, kv heads, d]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * layer.scale
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, start: int, layer: LayerShape, is_causal: bool) -> Tensor:
+    """`q` [n, heads, d] at positions from `start` on; `k`, `v` [keys, kv heads, d] at positions from 0 on."""
+    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    k, v = k.to(wide).repeat_interleave(group, 1), v.to(wide).repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) * layer.scale
+    if layer.softcap is not None:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
     query_positions = torch.arange(start, start + len(q), device=q.device)
-    distances = query_positions[:, None] - torch.arange(len(k), device=q.device)
-    hidden = distances < 0
+    distances = torch.arange(len(k), device=q.device) - query_positions[:, None]
+    if layer.slopes is not None:
+        scores = scores + layer.slopes.to(scores)[:, None, None] * distances
+    if layer.bias is not None:
+        reach = layer.bias.shape[1] // 2
+        scores = scores + layer.bias.to(scores)[:, distances.clamp(-reach, reach) + reach]
+    if is_causal:
+        scores = scores.masked_fill(distances > 0, -torch.inf)
     if layer.window is not None:
-        hidden = hidden | (distances >= layer.window)
-    scores = scores.masked_fill(hidden, -torch.inf)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1, dtype=wide).to(q.dtype), v)
+        scores = scores.masked_fill(distances <= -layer.window, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
