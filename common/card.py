@@ -19,7 +19,7 @@ class ModelCard:
 
     `tokenizer_digest` finds the tokenizer blob (the bytes of tokenizer.json). `special_ids` are the ids that
     `skip_special_tokens` hides. `default_sampling` is what the model's generation_config asks for. `aliases` are
-    further names clients may use.
+    further names clients may use. The answers of a model that `is_encoder_decoder` do not continue their prompts.
     """
 
     lane: str
@@ -45,6 +45,7 @@ class ModelCard:
     special_ids: tuple[int, ...]
     default_sampling: dict[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    is_encoder_decoder: bool = False
 
 
 def lane_of(served_name: str, weights_digest: str, tokenizer_digest: str, dtype: str, quantize: str) -> str:

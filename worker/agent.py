@@ -255,8 +255,15 @@ class Agent:
 
     def _begin_incarnation(self) -> None:
         """Forget every job: a new incarnation owns nothing."""
-        decoder, eos = self._tokenizer, self._card.eos_token_ids
-        self._jobs = HeldJobs(decoder, eos, self._send, self._clock, self._on_job_end)
+        card = self._card
+        self._jobs = HeldJobs(
+            self._tokenizer,
+            card.eos_token_ids,
+            self._send,
+            self._clock,
+            self._on_job_end,
+            is_encoder_decoder=card.is_encoder_decoder,
+        )
         self._store.nonce, self._store.incarnation = secrets.token_hex(NUM_NONCE_BYTES), ""
         self._identity, self._request = Identity.NEW, 0
         self._to_release.clear()

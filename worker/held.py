@@ -55,7 +55,8 @@ class Closed:
 class HeldJobs:
     """All jobs of one incarnation. A (job, epoch) begins at most once, however often Redis or a lost reply names it.
 
-    `send` goes to the engine. `on_end` hears of every job that ends here, and of how many tokens it has.
+    `send` goes to the engine. `on_end` hears of every job that ends here, and of how many tokens it has. The answers of
+    an encoder-decoder model do not continue their prompts.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class HeldJobs:
         send: Callable[[Message], None],
         clock: Callable[[], float],
         on_end: Callable[[Held, int], None] = lambda *_: None,
+        *,
+        is_encoder_decoder: bool = False,
     ) -> None:
         self._decoder, self._eos_token_ids, self._send, self._clock = decoder, list(eos_token_ids), send, clock
-        self._on_end = on_end
+        self._on_end, self._is_encoder_decoder = on_end, is_encoder_decoder
         self._top_texts = TopTexts(decoder)
         self._held: dict[str, Held] = {}
         self._closed: dict[tuple[str, int], Closed] = {}
@@ -105,7 +108,8 @@ class HeldJobs:
 
     def _submit(self, held: Held, logged: TokenColumns) -> None:
         job = held.job
-        held.stage = TextStage(self._decoder, self._top_texts, job.prompt_ids, job.params, logged)
+        context_ids = [] if self._is_encoder_decoder else job.prompt_ids
+        held.stage = TextStage(self._decoder, self._top_texts, context_ids, job.params, logged)
         if held.stage.log_ends_with_stop:
             self._end(held, JobEnd(state=JobState.COMPLETED, finish_reason=FinishReason.STOP_SEQUENCE))
             return

@@ -22,7 +22,8 @@ HEADER = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """`output_ids` are the tokens the job's log already holds; the engine prefills prompt + output and goes on.
+    """`output_ids` are the tokens the job's log already holds; the engine prefills prompt + output and goes on. In an
+    encoder-decoder model the encoder reads the prompt, again if need be, and the decoder prefills start + output.
 
     (request_id, epoch) names one run of a job: a late answer of an older run is told apart by its epoch.
     `is_suspect`: a job that saw a worker die runs its first step without new company.
@@ -110,7 +111,8 @@ class Step:
     """One engine step, also when it brought no token; only steps with runs wait for their `Commit`.
 
     `stats` are counters since start: steps, batch_max, preemptions, prefix_hits, prefix_hit_tokens,
-    chunked_prompts, prefill_tokens, decode_tokens; and of now: running, waiting, blocks_free, blocks_total, step_ms.
+    chunked_prompts, prefill_tokens (encoder_tokens among them), decode_tokens, encoder_passes, encoder_tokens; and of
+    now: running, waiting, blocks_free, blocks_total, step_ms.
     """
 
     step: int

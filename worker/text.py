@@ -36,13 +36,14 @@ class TextStage:
 
     The engine knows the end by length and by EOS; here the stop strings are found, possibly several engine steps late:
     whatever the engine sent past the stop never leaves. Of two reasons at one token length wins over EOS over stop.
+    The text goes on from that of `context_ids`, the prompt's, or stands alone if there are none.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         top_texts: TopTexts,
-        prompt_ids: Sequence[int],
+        context_ids: Sequence[int],
         params: SamplingParams,
         logged: TokenColumns | None = None,
     ) -> None:
@@ -52,15 +53,15 @@ class TextStage:
         self._next = logged.end
         self._checked = logged.end
         self.is_finished = False
-        self._detokenizer = self._primed(decoder, prompt_ids, logged.ids)
+        self._detokenizer = self._primed(decoder, context_ids, logged.ids)
         self._stops = StopChecker(params.stop, keep=params.include_stop)
         self.log_ends_with_stop = params.include_stop and self._prime_stops(logged)
 
     @staticmethod
-    def _primed(decoder: Decoder, prompt_ids: Sequence[int], logged_ids: list[int]) -> Detokenizer:
+    def _primed(decoder: Decoder, context_ids: Sequence[int], logged_ids: list[int]) -> Detokenizer:
         """A detokeniser in the state it had after the logged tokens; only the last ones can still matter."""
         recent = logged_ids[-NUM_PRIMING_IDS:]
-        before = [*prompt_ids[-NUM_PRIMING_IDS:], *logged_ids[: len(logged_ids) - len(recent)]]
+        before = [*context_ids[-NUM_PRIMING_IDS:], *logged_ids[: len(logged_ids) - len(recent)]]
         detokenizer = Detokenizer(decoder, before)
         detokenizer.prime(recent)
         return detokenizer

@@ -22,6 +22,9 @@ class Detokenizer:
     Decodes a sliding window behind a few tokens of context, as TGI and vLLM do, because decoders treat the first token
     of a text in their own way. A token whose bytes end inside a character waits for those that complete it. The result
     depends on the sequence of tokens only, so a worker that takes over primes it with the tokens of the log.
+
+    Without `context_ids` the text begins here, as an encoder-decoder's answer does. Special tokens in front of it are
+    not part of it: the pieces of the others are what decoding without special tokens gives.
     """
 
     def __init__(self, decoder: Decoder, context_ids: Sequence[int]) -> None:
@@ -78,8 +81,11 @@ class Detokenizer:
 
     def _release_all(self, text: str) -> list[str]:
         pieces = self._release(text, len(self._ends))
-        self._restart(self._window[self._num_context :])
+        self._restart([] if self._is_before_text(text) else self._window[self._num_context :])
         return pieces
+
+    def _is_before_text(self, text: str) -> bool:
+        return self._num_context == 0 and text != "" and self._decoder.decode(self._window, True) == ""
 
 
 class StopChecker:

@@ -266,7 +266,10 @@ def parse_generate(
 
 
 def _view(wish: _Wish, params: SamplingParams, served: ServedModel, inputs: str, door: Door) -> dict[str, Any]:
-    has_prompt = door == "compat" if wish.return_full_text is None else wish.return_full_text
+    has_prompt = wish.return_full_text
+    if has_prompt is None:
+        # as TGI decides for models of the task text-generation and for others
+        has_prompt = door == "compat" and not served.card.is_encoder_decoder
     view: dict[str, Any] = {
         "door": door,
         "model": served.card.served_name,

@@ -95,7 +95,7 @@ async def info(services: Annotated[Services, Depends(services)]) -> Response:
         {
             "model_id": card.model_id,
             "model_sha": card.revision or None,
-            "model_pipeline_tag": "text-generation",
+            "model_pipeline_tag": "text2text-generation" if card.is_encoder_decoder else "text-generation",
             "max_concurrent_requests": settings.max_concurrent_requests,
             "max_best_of": settings.max_best_of,
             "max_stop_sequences": settings.max_stop_sequences,

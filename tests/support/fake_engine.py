@@ -271,7 +271,9 @@ def serve(pipe: Pipe, engine: FakeEngine, step_s: float) -> None:
             message = pipe.receive(0)
 
 
-def ready(settings: dict[str, object], vocabulary: Vocabulary, max_num_seqs: int) -> Ready:
+def ready(
+    settings: dict[str, object], vocabulary: Vocabulary, max_num_seqs: int, decoder_start_id: int | None = None
+) -> Ready:
     return Ready(
         vocab_size=vocabulary.tokenizer.get_vocab_size(),
         dtype="float32",
@@ -285,6 +287,7 @@ def ready(settings: dict[str, object], vocabulary: Vocabulary, max_num_seqs: int
         max_batch_prefill_tokens=4096,
         step_limit_s=float(str(settings.get("step_limit", 60.0))),
         reasons=["a fake engine has no limits of its own"],
+        decoder_start_id=decoder_start_id,
     )
 
 
@@ -296,6 +299,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--load-s", type=float, default=0.0, help="seconds between the first progress and the next")
     parser.add_argument("--fail", default="", help="say Failed with this sentence instead of Ready")
+    parser.add_argument("--decoder-start-id", type=int, help="be an encoder-decoder model")
     options = parser.parse_args(arguments)
     settings = json.loads(options.settings)
     pipe = Pipe(options.fd)
@@ -305,7 +309,7 @@ def main(arguments: list[str]) -> int:
         pipe.send(Failed(options.fail))
         return 1
     vocabulary = Vocabulary((Path(settings["model_id"]) / "tokenizer.json").read_bytes())
-    pipe.send(ready(settings, vocabulary, options.max_num_seqs))
+    pipe.send(ready(settings, vocabulary, options.max_num_seqs, options.decoder_start_id))
     try:
         serve(pipe, FakeEngine(vocabulary, max_num_seqs=options.max_num_seqs), options.step_ms / 1000)
     except (EOFError, ConnectionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -112,6 +113,33 @@ async def test_eos_and_alternatives(running: Running) -> None:
     assert log.pieces[-1] == "</s>"
     assert log.top_tokens is not None
     assert [len(row) for row in log.top_tokens] == [2] * 8
+
+
+def spaced_model(folder: Path) -> Path:
+    """A model whose decoder takes the letter A for the space in front of a text."""
+    path = write_tiny_model(folder) / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [content["decoder"], {"type": "Fuse"}, {"type": "Strip", "content": "A", "start": 1, "stop": 0}],
+    }
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(("engine", "start"), [((), "A step"), (("--decoder-start-id", "0"), " step")])
+async def test_answers_continue_the_prompt_unless_an_encoder_read_it(
+    redis_url: str, tmp_path: Path, engine: tuple[str, ...], start: str
+) -> None:
+    seed = next(seed for seed in range(100) if oracle(VOCABULARY, seed, 6).text == "A step")
+    model_id = str(spaced_model(tmp_path / "spaced"))
+    async with agent_on(redis_url, tmp_path, *engine, model_id=model_id) as running:
+        job = await running.follower.submit(seed, 6)
+        await running.follower.end(job)
+        log = await running.follower.jobs.log(job.job_id)
+        (card,) = await running.follower.fleet.cards()
+    assert "".join(log.pieces) == start
+    assert card.is_encoder_decoder == bool(engine)
 
 
 async def test_a_cancelled_job_keeps_what_it_had(running: Running) -> None:

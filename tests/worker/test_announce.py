@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_the_card_says_what_gateways_need(folder: Path) -> None:
     assert card.special_ids == (256, 257, 258, 259, 260)
     assert card.default_sampling == {"temperature": 0.6, "top_k": 20}
     assert (card.max_total_tokens, card.dtype) == (READY.max_total_tokens, READY.dtype)
+
+
+def test_the_engine_says_whether_there_is_an_encoder(folder: Path) -> None:
+    assert not make_card(read(folder), READY, options(folder)).is_encoder_decoder
+    ready = replace(READY, decoder_start_id=0, max_input_tokens=64)
+    card = make_card(read(folder), ready, options(folder))
+    assert (card.is_encoder_decoder, card.max_input_tokens) == (True, 64)
 
 
 def test_the_lane_follows_whatever_changes_an_answer(folder: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from common.job import JobState, SamplingParams, TokenColumns
 from common.store.replies import Control, StepReply, Taken
 from common.text.tokenizer import TextTokenizer
+from tests.support.metaspace import EXTRA, metaspace_tokenizer_json, word_id
 from tests.support.protocol import make_job
 from tests.support.tiny_model import byte_tokenizer_json
 from worker.held import KEEP_CLOSED_S, Held, HeldJobs
@@ -19,12 +22,17 @@ EMPTY = TokenColumns(0, [], [], [])
 class Bench:
     """HeldJobs with a clock to turn, a list of what the engine was told, and a Redis that says yes."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: TextTokenizer = TOKENIZER, *, is_encoder_decoder: bool = False) -> None:
         self.now = 100.0
         self.sent: list[Message] = []
         self.ended: list[tuple[Held, int]] = []
         self.jobs = HeldJobs(
-            TOKENIZER, (257,), self.sent.append, lambda: self.now, lambda held, count: self.ended.append((held, count))
+            tokenizer,
+            (257,),
+            self.sent.append,
+            lambda: self.now,
+            lambda held, count: self.ended.append((held, count)),
+            is_encoder_decoder=is_encoder_decoder,
         )
 
     def begin(self, taken: Taken, logged: TokenColumns = EMPTY) -> str:
@@ -74,6 +82,17 @@ def test_a_job_goes_to_the_engine_with_the_tokens_of_its_log() -> None:
     outgoing = bench.jobs.outbox.get(job_id)
     assert outgoing is not None
     assert outgoing.pending == TokenColumns(2, [68], ["D"], [-1.0])
+
+
+@pytest.mark.parametrize(("is_encoder_decoder", "piece"), [(True, "Hello"), (False, " Hello")])
+def test_answers_of_an_encoder_decoder_do_not_continue_their_prompts(is_encoder_decoder: bool, piece: str) -> None:
+    bench = Bench(TextTokenizer(metaspace_tokenizer_json()), is_encoder_decoder=is_encoder_decoder)
+    prompt = [word_id("▁world"), word_id(".")]
+    fresh = bench.begin(taken(prompt_ids=prompt))
+    resumed = bench.begin(taken(prompt_ids=prompt), TokenColumns(0, [EXTRA], ["<extra_id_0>"], [0.0]))
+    assert [(message.prompt_ids, message.output_ids) for message in bench.sent] == [(prompt, []), (prompt, [EXTRA])]
+    bench.step(1, *(run(job_id, [word_id("▁Hello")]) for job_id in (fresh, resumed)))
+    assert [bench.jobs.outbox.get(job_id).pending.pieces for job_id in (fresh, resumed)] == [[piece], [piece]]
 
 
 def test_answers_of_an_older_run_are_ignored() -> None:

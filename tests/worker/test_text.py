@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common.job import FinishReason, SamplingParams, TokenColumns
 from common.text.tokenizer import TextTokenizer
+from tests.support.metaspace import EOS, EXTRA, metaspace_tokenizer_json, word_id
 from tests.support.tiny_model import byte_tokenizer_json
 from worker.pipe import TokenRun
 from worker.text import Released, TextStage, TopTexts
@@ -162,3 +163,31 @@ def test_a_stage_that_forgets_the_log_gives_other_columns() -> None:
     assert feed(stage(shown, stop=("ab",)), [98, 97, 98], "length").finish_reason is FinishReason.STOP_SEQUENCE
     wrong = feed(stage(forgetful, stop=("ab",)), [98, 97, 98], "length")
     assert shown.ids + wrong.columns.ids != whole.columns.ids
+
+
+METASPACE = TextTokenizer(metaspace_tokenizer_json())
+ANSWER = [EXTRA, word_id("▁Hello"), word_id("▁world"), EXTRA, word_id("▁日"), word_id("本"), EOS]
+
+
+def answer_stage(context: list[int], logged: TokenColumns | None = None, **params: Any) -> TextStage:
+    return TextStage(METASPACE, TopTexts(METASPACE), context, SamplingParams(max_new_tokens=100, **params), logged)
+
+
+def test_an_answer_that_continues_nothing_begins_without_a_space() -> None:
+    pieces = feed(answer_stage([]), ANSWER, "eos_token").columns.pieces
+    assert pieces == ["<extra_id_0>", "Hello", " world", "<extra_id_0>", " 日", "本", "</s>"]
+    wrong = feed(answer_stage([word_id("▁world")]), ANSWER, "eos_token").columns.pieces
+    assert wrong[1] == " Hello"
+
+
+@pytest.mark.parametrize("num_logged", range(len(ANSWER)))
+def test_an_answer_taken_over_anywhere_gives_the_same_pieces(num_logged: int) -> None:
+    whole = feed(answer_stage([]), ANSWER, "eos_token").columns
+    logged = TokenColumns(0, whole.ids[:num_logged], whole.pieces[:num_logged], whole.logprobs[:num_logged])
+    rest = feed(answer_stage([], logged), ANSWER[num_logged:], "eos_token").columns
+    assert (rest.start, logged.pieces + rest.pieces) == (num_logged, whole.pieces)
+
+
+def test_a_stop_string_that_an_answer_begins_with_is_found() -> None:
+    assert feed(answer_stage([], stop=("Hello",)), ANSWER).finish_reason is FinishReason.STOP_SEQUENCE
+    assert feed(answer_stage([], stop=(" Hello",)), ANSWER).finish_reason is None

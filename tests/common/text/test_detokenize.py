@@ -8,13 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from common.text.detokenize import MAX_WINDOW, REPLACEMENT, Detokenizer, StopChecker
 from common.text.tokenizer import TextTokenizer
+from tests.support.metaspace import (
+    EXTRA,
+    PAD,
+    SPECIAL_TOKENS,
+    WORDS,
+    metaspace_tokenizer,
+    metaspace_tokenizer_json,
+    word_id,
+)
 from tests.support.tiny_model import byte_tokenizer_json
 
 TEXT = "naïve 日本語のテキスト。 emoji 👩‍🚀 and ünïcödé — xin chào các bạn 深度学习"
 BYTES = TextTokenizer(byte_tokenizer_json())
+METASPACE = TextTokenizer(metaspace_tokenizer_json())
+METASPACE_IDS = range(len(SPECIAL_TOKENS) + len(WORDS))
 
 
 class SentencePieceTokenizer:
@@ -104,6 +116,36 @@ def test_sentence_pieces_keep_their_spaces(words: list[str]) -> None:
 @settings(max_examples=50)
 def test_random_byte_fallback_tokens_never_raise(ids: list[int]) -> None:
     assert len(stream(Detokenizer(SENTENCE_PIECE, [0]), ids)) == len(ids)
+
+
+def shown(pieces: Sequence[str], ids: Sequence[int]) -> str:
+    """What a reader sees with special tokens hidden."""
+    return "".join(piece for piece, token_id in zip(pieces, ids, strict=True) if token_id >= len(SPECIAL_TOKENS))
+
+
+@given(st.lists(st.sampled_from(METASPACE_IDS), max_size=20))
+@settings(max_examples=200)
+def test_a_text_that_begins_here_is_what_decoding_at_once_gives(ids: list[int]) -> None:
+    pieces = stream(Detokenizer(METASPACE, []), ids)
+    assert shown(pieces, ids) == METASPACE.decode(ids, skip_special_tokens=True)
+
+
+def test_transformers_gives_the_same_text_and_a_prompt_in_front_another() -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_object=metaspace_tokenizer())
+    ids = [PAD, EXTRA, word_id("▁Hello"), word_id("▁world"), EXTRA, word_id("▁日"), word_id("本"), word_id(".")]
+    expected = reference.decode(ids, skip_special_tokens=True)
+    assert expected == "Hello world 日本."
+    assert stream(Detokenizer(METASPACE, []), ids)[:4] == ["<pad>", "<extra_id_0>", "Hello", " world"]
+    assert shown(stream(Detokenizer(METASPACE, []), ids), ids) == expected
+    assert shown(stream(Detokenizer(METASPACE, [word_id("▁world")]), ids), ids) == f" {expected}"
+
+
+@given(st.lists(st.sampled_from(METASPACE_IDS), min_size=1, max_size=20), st.data())
+def test_a_text_that_began_elsewhere_goes_on_here(ids: list[int], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(ids)))
+    second = Detokenizer(METASPACE, [])
+    second.prime(ids[:cut])
+    assert stream(second, ids[cut:]) == stream(Detokenizer(METASPACE, []), ids)[cut:]
 
 
 def test_tokens_that_never_complete_a_character_are_held_within_a_bound() -> None:

@@ -137,6 +137,17 @@ async def test_info_has_tgis_fields(house: House) -> None:
         "docker_label",
     ]
     assert (found["model_id"], found["max_input_tokens"], found["max_total_tokens"]) == ("inferfleet/demo", 99, 100)
+    assert found["model_pipeline_tag"] == "text-generation"
+
+
+async def test_an_encoder_decoder_has_another_task_and_answers_without_the_prompt(open_house: OpenHouse) -> None:
+    house = await open_house(card_changes={"is_encoder_decoder": True})
+    assert (await house.client.get("/info")).json()["model_pipeline_tag"] == "text2text-generation"
+    body = {"inputs": "hi", "parameters": {"max_new_tokens": 4}}
+    (alone,) = (await house.client.post("/", json=body)).json()
+    body["parameters"] |= {"return_full_text": True}
+    (full,) = (await house.client.post("/", json=body)).json()
+    assert full["generated_text"] == "hi" + alone["generated_text"]
 
 
 async def test_more_open_requests_than_allowed_are_overload(open_house: OpenHouse) -> None:
