@@ -129,7 +129,7 @@ def test_logits_and_greedy_text(
     engine = load(dtype, attention)
     assert engine.ready.dtype == computed
     bar = error_bar(computed, known)
-    error = logit_error(engine.device._decoder, known)
+    error = logit_error(engine.device._model, known)
     assert 0 < error <= bar
     if computed == "bfloat16":
         assert any(margin < bar for row in known for margin in margins_of(row)), "nothing was doubtful"
@@ -139,6 +139,7 @@ def test_logits_and_greedy_text(
 @pytest.mark.parametrize("dtype", ERROR_BARS)
 def test_a_wrong_rope_is_beyond_every_bar(load: Callable[[str, str], Engine], known: list[Known], dtype: str) -> None:
     engine, bar = load(dtype, "cpu"), error_bar(dtype, known)
-    engine.device._decoder._frequencies *= 0.9
-    assert logit_error(engine.device._decoder, known) > bar
+    for frequencies in engine.device._model._frequencies.values():
+        frequencies *= 0.9
+    assert logit_error(engine.device._model, known) > bar
     assert any(margin >= bar for margin in divergences(engine, known))

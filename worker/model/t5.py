@@ -86,9 +86,9 @@ class T5:
 
     def __init__(self, spec: T5Spec, weights: T5Weights, attention: Attention, group: Group | None = None) -> None:
         self.spec, self._weights, self._attention = spec, weights, attention
-        self._group = group or Alone()
-        self.num_kv_heads = len(self._group.shard.heads(spec.num_heads))
-        self.vocabulary = self._group.shard.bounds(spec.vocab_size)
+        self.group = group or Alone()
+        self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
+        self.vocabulary = self.group.shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
         self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
         self._decoder_shape = LayerShape(scale=1.0, bias=weights.decoder.bias)
@@ -144,7 +144,7 @@ class T5:
         return self._norm(x, stack.final_norm)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return vocabulary_parallel_embedding(tokens, self._weights.embed, self.vocabulary, self._group)
+        return vocabulary_parallel_embedding(tokens, self._weights.embed, self.vocabulary, self.group)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         return rms_norm(x, weights, self.spec.norm_eps)
@@ -157,16 +157,16 @@ class T5:
         write_pages(pages[0], k, slots)
         write_pages(pages[1], v, slots)
         attended = self._attention.attend(q, pages[0], pages[1], meta, shape)
-        return self._group.all_reduce(linear(attended.flatten(1), weights.out))
+        return self.group.all_reduce(linear(attended.flatten(1), weights.out))
 
     def _attend_across(self, x: Tensor, weights: CrossLayer, pages: Tensor, meta: Any) -> Tensor:
         q = linear(self._norm(x, weights.norm), weights.q).view(len(x), *pages.shape[-2:])
         attended = self._attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
-        return self._group.all_reduce(linear(attended.flatten(1), weights.out))
+        return self.group.all_reduce(linear(attended.flatten(1), weights.out))
 
     def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:
         part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activation, is_gated=self.spec.is_gated)
-        return self._group.all_reduce(part)
+        return self.group.all_reduce(part)
 
 
 # Weights.

@@ -22,13 +22,14 @@ from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.families.base import Family
 from worker.model.loading import load_weights, weight_bytes
-from worker.model.spec import QkNorm, Spec
+from worker.model.spec import AnySpec, QkNorm, Spec, T5Spec
+from worker.model.t5 import T5, load_t5_weights, t5_weight_bytes
 from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
 from worker.parallel.group import Alone, Group
 from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
 from worker.runner.memory import available_bytes, readable
-from worker.runner.torch_device import TorchDevice
+from worker.runner.torch_device import Model, TorchDevice
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -64,24 +65,24 @@ def load_device(
     check_shards(spec, group.shard.size)
     source, digest, stored = _open(settings, folder, config, spec, family)
     dtype = choose_dtype(settings.dtype, stored, reasons)
-    _check_memory(weight_bytes(spec, family, source, dtype, group.shard), group.shard)
-    decoder = _load(settings, spec, family, source, dtype, group, on_progress)
+    _check_memory(_weight_bytes(spec, family, source, dtype, group.shard), group.shard)
+    model = _load(settings, spec, family, source, dtype, group, on_progress)
     limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), reasons)
-    device = _device(decoder, settings, limits)
+    device = _device(model, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
 
 
-def check_shards(spec: Spec, num_shards: int) -> None:
+def check_shards(spec: AnySpec, num_shards: int) -> None:
     """Raises ConfigurationError if the model cannot be split over so many ranks."""
     check_heads(spec.num_heads, spec.num_kv_heads, num_shards)
-    if num_shards > 1 and spec.qk_norm is QkNorm.FULL:
+    if num_shards > 1 and isinstance(spec, Spec) and spec.qk_norm is QkNorm.FULL:
         raise ConfigurationError(
             f"{spec.model_type} normalises all heads of a token together and runs on one rank only: "
             "leave out --num-shard"
         )
 
 
-def _kv_bytes_per_token(spec: Spec, shard: Shard, dtype: torch.dtype) -> int:
+def _kv_bytes_per_token(spec: AnySpec, shard: Shard, dtype: torch.dtype) -> int:
     """Bytes that keys and values of one token take on this rank over all layers."""
     return 2 * spec.num_layers * len(shard.kv_heads(spec.num_kv_heads)) * spec.head_dim * dtype.itemsize
 
@@ -92,7 +93,7 @@ def _num_cores() -> int:
 
 
 def _open(
-    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: Spec, family: Family
+    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: AnySpec, family: Family
 ) -> tuple[TensorSource, str, torch.dtype]:
     """Where weights come from, their fingerprint and the type they are stored in."""
     if settings.load_format == "dummy":
@@ -112,6 +113,12 @@ def choose_dtype(option: str, stored: torch.dtype, reasons: list[str]) -> torch.
     return stored
 
 
+def _weight_bytes(spec: AnySpec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard) -> int:
+    if isinstance(spec, T5Spec):
+        return t5_weight_bytes(spec, family, source, dtype, shard)
+    return weight_bytes(spec, family, source, dtype, shard)
+
+
 def _check_memory(needed: int, shard: Shard) -> None:
     # ranks of one machine start together and share what is free
     free = available_bytes() // shard.size
@@ -124,22 +131,24 @@ def _check_memory(needed: int, shard: Shard) -> None:
 
 def _load(
     settings: WorkerSettings,
-    spec: Spec,
+    spec: AnySpec,
     family: Family,
     source: TensorSource,
     dtype: torch.dtype,
     group: Group,
     on_progress: OnProgress,
-) -> Decoder:
+) -> Model:
     def report(done: int, total: int) -> None:
         on_progress("weights", done, total)
 
-    weights = load_weights(spec, family, source, dtype, group.shard, report)
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
+    if isinstance(spec, T5Spec):
+        return T5(spec, load_t5_weights(spec, family, source, dtype, group.shard, report), attention, group)
+    weights = load_weights(spec, family, source, dtype, group.shard, report)
     return Decoder(spec, weights, attention, group, settings.max_total_tokens or spec.max_positions)
 
 
-def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, reasons: list[str]) -> Limits:
+def choose_limits(settings: WorkerSettings, spec: AnySpec, bytes_per_token: int, reasons: list[str]) -> Limits:
     """Size of the KV pool and the longest request; whatever is lowered gets a reason.
 
     Raises:
@@ -150,20 +159,31 @@ def choose_limits(settings: WorkerSettings, spec: Spec, bytes_per_token: int, re
     if asked > spec.max_positions and spec.is_position_bound:
         reasons.append(f"max_total_tokens {spec.max_positions} instead of {asked}: the model knows no more positions")
         asked = spec.max_positions
-    kv_tokens = _kv_tokens(settings, asked, bytes_per_token, reasons)
-    total = fitting_total_tokens(asked, kv_tokens, block_size)
+    has_encoder = isinstance(spec, T5Spec)
+    num_spare = 2 if has_encoder else 1
+    kv_tokens = _kv_tokens(settings, asked + num_spare * block_size, bytes_per_token, reasons)
+    total = fitting_total_tokens(asked, kv_tokens, block_size, has_encoder=has_encoder)
     if total < 2:
         raise ConfigurationError(
-            f"--kv-tokens {kv_tokens} is too small: it must be at least {2 * block_size}, two blocks"
+            f"--kv-tokens {kv_tokens} is too small: it must be at least {(1 + num_spare) * block_size}, "
+            f"{'three' if has_encoder else 'two'} blocks"
         )
     if total < asked:
         reasons.append(f"max_total_tokens {total} instead of {asked}: the KV cache holds {kv_tokens} tokens")
-    inputs = _max_input_tokens(settings, total, reasons)
-    return Limits(kv_tokens, inputs, total, settings.max_batch_prefill_tokens or DEFAULT_PREFILL_TOKENS)
+    inputs, prefill = _max_input_tokens(settings, total, reasons), settings.max_batch_prefill_tokens
+    prefill = prefill or DEFAULT_PREFILL_TOKENS
+    if has_encoder and inputs > prefill:
+        reasons.append(
+            f"max_input_tokens {prefill} instead of {inputs}: an encoder reads its whole input in one step; "
+            "--max-batch-prefill-tokens changes it"
+        )
+        inputs = prefill
+    return Limits(kv_tokens, inputs, total, prefill)
 
 
-def _kv_tokens(settings: WorkerSettings, max_total_tokens: int, bytes_per_token: int, reasons: list[str]) -> int:
-    """Tokens in whole blocks: as asked, or what a share of the free memory holds."""
+def _kv_tokens(settings: WorkerSettings, largest_request: int, bytes_per_token: int, reasons: list[str]) -> int:
+    """Tokens in whole blocks: as asked, or what a share of the free memory holds, up to `max_num_seqs` requests that
+    take `largest_request` tokens each."""
     block_size, free = settings.block_size, available_bytes()
     if settings.kv_tokens is not None:
         if settings.kv_tokens * bytes_per_token > free:
@@ -173,7 +193,7 @@ def _kv_tokens(settings: WorkerSettings, max_total_tokens: int, bytes_per_token:
             )
         return settings.kv_tokens // block_size * block_size
     size = min(DEFAULT_KV_BYTES, int(free * KV_SHARE_OF_FREE_MEMORY))
-    useful = settings.max_num_seqs * (max_total_tokens + block_size)
+    useful = settings.max_num_seqs * largest_request
     kv_tokens = min(size // bytes_per_token, useful) // block_size * block_size
     why = "all that the largest batch can use" if useful * bytes_per_token <= size else _share_text(size)
     reasons.append(f"kv_tokens {kv_tokens} ({readable(kv_tokens * bytes_per_token)}): {why}; --kv-tokens changes it")
@@ -198,10 +218,10 @@ def _max_input_tokens(settings: WorkerSettings, total: int, reasons: list[str]) 
     return total - 1
 
 
-def _device(decoder: Decoder, settings: WorkerSettings, limits: Limits) -> TorchDevice:
+def _device(model: Model, settings: WorkerSettings, limits: Limits) -> TorchDevice:
     try:
         return TorchDevice(
-            decoder,
+            model,
             num_blocks=limits.kv_tokens // settings.block_size,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,
@@ -214,7 +234,7 @@ def _device(decoder: Decoder, settings: WorkerSettings, limits: Limits) -> Torch
 
 
 def _ready(
-    settings: WorkerSettings, spec: Spec, dtype: torch.dtype, digest: str, limits: Limits, reasons: list[str]
+    settings: WorkerSettings, spec: AnySpec, dtype: torch.dtype, digest: str, limits: Limits, reasons: list[str]
 ) -> Ready:
     return Ready(
         vocab_size=spec.vocab_size,
@@ -229,4 +249,5 @@ def _ready(
         max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
         step_limit_s=settings.step_limit,
         reasons=reasons,
+        decoder_start_id=spec.decoder_start_id if isinstance(spec, T5Spec) else None,
     )

@@ -1,18 +1,24 @@
-"""The device of the engine core on torch: applies a plan to rows and pages, runs the decoder, samples."""
+"""The device of the engine core on torch: applies a plan to rows and pages, runs the model, samples."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from worker.attention import Batch
-from worker.engine.device import TOKEN_ON_DEVICE, StepPlan, StepResult
+from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
+from worker.model.t5 import T5
 from worker.runner.rows import Ints, Rows
 from worker.runner.sampler import sample
+from worker.runner.vocabulary import Vocabulary
+
+Model = Decoder | T5
 
 NOT_IN_VOCABULARY = "a token of the prompt is outside the model's vocabulary"
 
@@ -27,15 +33,15 @@ class TorchDevice:
     depth = 0
 
     def __init__(
-        self, decoder: Decoder, *, num_blocks: int, block_size: int, max_num_seqs: int, max_total_tokens: int
+        self, model: Model, *, num_blocks: int, block_size: int, max_num_seqs: int, max_total_tokens: int
     ) -> None:
-        spec = decoder.spec
-        self._decoder, self._block_size = decoder, block_size
-        shape = (spec.num_layers, 2, num_blocks + 1, block_size, decoder.num_kv_heads, spec.head_dim)
-        self.pages = untouched_zeros(shape, decoder.dtype)
-        self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, spec.vocab_size)
+        self._model, self._block_size = model, block_size
+        num_layers, num_heads, head_dim = model.page_shape
+        self.pages = untouched_zeros((num_layers, 2, num_blocks + 1, block_size, num_heads, head_dim), model.dtype)
+        self._vocabulary = Vocabulary(model.spec.vocab_size, model.group)
+        self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, self._vocabulary.mine)
         self._row_errors: dict[int, str] = {}
-        self._logits = torch.zeros((0, spec.vocab_size), dtype=decoder.dtype)
+        self._logits = torch.zeros((0, len(model.vocabulary)), dtype=model.dtype)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
@@ -45,20 +51,21 @@ class TorchDevice:
         tokens = self._tokens(plan, ends)
         offsets = np.arange(len(tokens)) - np.repeat(ends - num_queries, num_queries)
         positions = np.repeat(starts, num_queries) + offsets
-        pages = self.rows.block_tables[np.repeat(rows, num_queries), positions // self._block_size]
-        slots = torch.from_numpy(pages * self._block_size + positions % self._block_size)
-        batch = Batch(num_queries, starts, self._tables(rows, starts + num_queries), slots)
+        slots = self._slots(self.rows.block_tables, np.repeat(rows, num_queries), positions)
+        batch = Batch(num_queries, starts, self._tables(self.rows.block_tables, rows, starts + num_queries), slots)
         wanted = torch.from_numpy(ends[plan.samples] - 1)
-        self._logits = self._decoder.forward(
-            torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted
-        )
+        step = (torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted)
+        if isinstance(self._model, T5):
+            self._logits = self._model.forward(*step, self._cross(rows, batch))
+        else:
+            self._logits = self._model.forward(*step)
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan) -> StepResult:
         rows = plan.rows[plan.samples].astype(np.int64)
         last_positions = (plan.starts + plan.num_tokens - 1)[plan.samples]
         output_indices = last_positions + 1 - self.rows.parameters["num_prompt"][rows]
-        sampled = sample(self._logits, rows, output_indices, self.rows)
+        sampled = sample(self._logits, rows, output_indices, self.rows, self._vocabulary)
         self.rows.remember(rows, sampled.ids)
         for index in sampled.errors:
             self._clean(int(rows[index]), int(last_positions[index]) + 1)
@@ -79,13 +86,30 @@ class TorchDevice:
         for row in [*plan.freed_rows.tolist(), *(init.row for init in plan.new_rows)]:
             self._row_errors.pop(row, None)
         self.rows.apply(plan)
+        if isinstance(self._model, T5):
+            for init in plan.new_rows:
+                self._encode(self._model, init)
+
+    def _encode(self, model: T5, init: RowInit) -> None:
+        tokens = init.encoder_ids.astype(np.int64)
+        is_unknown = self._is_unknown(tokens)
+        if is_unknown.any():
+            self._row_errors[init.row] = NOT_IN_VOCABULARY
+            tokens[is_unknown] = 0
+        slots = self._slots(self.rows.cross_tables, np.full(len(tokens), init.row), np.arange(len(tokens)))
+        model.encode(torch.from_numpy(tokens), slots, self.pages)
+
+    def _cross(self, rows: Ints, batch: Batch) -> Batch:
+        """The queries of `batch`, over what the encoder left for their rows."""
+        lengths = self.rows.cross_lengths[rows]
+        return replace(batch, block_tables=self._tables(self.rows.cross_tables, rows, lengths), num_keys=lengths)
 
     def _tokens(self, plan: StepPlan, ends: Ints) -> Ints:
         """The step's input ids, with what the rows sampled last filled in."""
         tokens = plan.tokens.astype(np.int64)
         from_device = tokens[ends - 1] == TOKEN_ON_DEVICE
         tokens[ends[from_device] - 1] = self.rows.last_ids[plan.rows[from_device]]
-        is_unknown = (tokens < 0) | (tokens >= self._decoder.spec.vocab_size)
+        is_unknown = self._is_unknown(tokens)
         if is_unknown.any():
             # one request's error must not take the step's company with it
             at_fault = plan.rows[np.searchsorted(ends, np.flatnonzero(is_unknown), side="right")]
@@ -93,14 +117,23 @@ class TorchDevice:
             tokens[is_unknown] = 0
         return tokens
 
-    def _tables(self, rows: Ints, lengths: Ints) -> Ints:
-        num_blocks = -(-int(lengths.max()) // self._block_size)
-        return self.rows.block_tables[rows, :num_blocks]
+    def _is_unknown(self, tokens: Ints) -> npt.NDArray[np.bool_]:
+        return (tokens < 0) | (tokens >= self._model.spec.vocab_size)
+
+    def _slots(self, tables: Ints, rows: Ints, positions: Ints) -> Tensor:
+        """Among all places of all pages, that of each position of each of the rows."""
+        pages = tables[rows, positions // self._block_size]
+        return torch.from_numpy(pages * self._block_size + positions % self._block_size)
+
+    def _tables(self, tables: Ints, rows: Ints, lengths: Ints) -> Ints:
+        return tables[rows, : -(-int(lengths.max()) // self._block_size)]
 
     def _clean(self, row: int, length: int) -> None:
         """Replace what is not a number in the pages of a failed row: whoever gets them next reads whole pages, and
         masking cannot hide such values. Pages that others share hold only numbers and stay as they are."""
-        blocks: Tensor = torch.from_numpy(self.rows.block_tables[row, : -(-length // self._block_size)])
+        own = self.rows.block_tables[row, : -(-length // self._block_size)]
+        cross = self.rows.cross_tables[row, : -(-int(self.rows.cross_lengths[row]) // self._block_size)]
+        blocks: Tensor = torch.from_numpy(np.concatenate((own, cross)))
         self.pages[:, :, blocks] = self.pages[:, :, blocks].nan_to_num(posinf=0.0, neginf=0.0)
 
 
