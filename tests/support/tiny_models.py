@@ -6,6 +6,7 @@ Weights are drawn so that every norm, bias and position matters: a forward pass 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ SIZES = dict(
     eos_token_id=NUM_BYTES + 1,
     pad_token_id=None,
 )
+DEVIATIONS = dict(embedding=0.5, matrix=0.15, bias=0.3)
+TIED_DEVIATION = 0.2
+"""Of embeddings that are heads too: with larger ones a model says every token it sees once more."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = tiny_llama.CASES | tiny_gpt.CASES
 """Name -> (class prefix in transformers, differences from SIZES)."""
 
@@ -43,16 +48,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = tiny_llama.CASES | tiny_gpt.CASES
 def build(name: str) -> Any:
     """The transformers model of a case, float32, evaluation mode."""
     prefix, differences = CASES[name]
-    return build_from(prefix, attention="sdpa" if name in tiny_gpt.SDPA_CASES else "eager", **differences)
+    attention = "sdpa" if name in tiny_gpt.SDPA_CASES else "eager"
+    drawn = tiny_gpt.DEVIATIONS if name in tiny_gpt.CASES else DEVIATIONS
+    return build_from(prefix, attention=attention, deviations=drawn, **differences)
 
 
-def build_from(prefix: str, *, seed: int = 0, attention: str = "eager", **differences: Any) -> Any:
+def build_from(
+    prefix: str,
+    *,
+    seed: int = 0,
+    attention: str = "eager",
+    deviations: Mapping[str, float] = DEVIATIONS,
+    **differences: Any,
+) -> Any:
     config = config_from(prefix, **differences)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().float()
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        deviations = {**deviations, "embedding": TIED_DEVIATION}
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            _draw(parameter_name, parameter)
+            _draw(parameter_name, parameter, deviations)
     return model
 
 
@@ -69,15 +85,15 @@ def config_from(prefix: str, **differences: Any) -> Any:
     return getattr(transformers, f"{prefix}Config")(**named)
 
 
-def _draw(name: str, parameter: torch.Tensor) -> None:
+def _draw(name: str, parameter: torch.Tensor, deviations: Mapping[str, float]) -> None:
     noise = torch.randn_like(parameter)
     if parameter.dim() == 1 and name.endswith("weight"):
         parameter.add_(noise * 0.3)
     elif parameter.dim() == 1:
-        parameter.copy_(noise * 0.3)
+        parameter.copy_(noise * deviations["bias"])
     else:
         is_embedding = any(part in name for part in ("embed", "wte", "wpe"))
-        parameter.copy_(noise * (0.5 if is_embedding else 0.15))
+        parameter.copy_(noise * deviations["embedding" if is_embedding else "matrix"])
 
 
 def save(name: str, folder: Path) -> Path:
