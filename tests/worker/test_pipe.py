@@ -65,6 +65,7 @@ MESSAGES = [
         max_batch_prefill_tokens=16,
         step_limit_s=60.0,
         reasons=["because"],
+        decoder_start_id=0,
     ),
     Step(
         step=4,

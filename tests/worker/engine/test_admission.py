@@ -31,6 +31,19 @@ def test_the_predicted_peak_is_never_below_the_real_one_and_never_far_above(pair
     assert simulated_peak(pairs) <= predicted(pairs) <= simulated_peak(pairs) + len(pairs)
 
 
+@given(LENGTHS, st.data())
+def test_blocks_of_a_second_table_that_does_not_grow_count_as_full_ones(
+    pairs: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    crosses = [data.draw(st.integers(0, 8)) for _ in pairs]
+    longer = [(length + cross * BLOCK_SIZE, rest) for (length, rest), cross in zip(pairs, crosses)]
+    peak = 0
+    for step in range(max(rest for _, rest in pairs) + 1):
+        alive = [(length, cross) for (length, rest), cross in zip(pairs, crosses) if rest >= step]
+        peak = max(peak, sum(-(-(length + step) // BLOCK_SIZE) + cross for length, cross in alive))
+    assert peak <= predicted(longer) <= peak + len(pairs)
+
+
 @given(LENGTHS)
 def test_the_order_of_requests_does_not_matter(pairs: list[tuple[int, int]]) -> None:
     assert predicted(pairs) == predicted(sorted(pairs))
