@@ -9,10 +9,20 @@ from __future__ import annotations
 import argparse
 import difflib
 import ipaddress
+import os
 import sys
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -36,8 +46,8 @@ WITHOUT_MEANING: dict[str, tuple[int, str]] = {
     "max-batch-size": (1, "use --max-num-seqs"),
     "prometheus-port": (1, "metrics are on the gateway's port and on --metrics-port of a worker"),
     "shard-uds-path": (1, "there are no shard sockets"),
-    "master-addr": (1, "this version serves one rank a worker"),
-    "master-port": (1, "this version serves one rank a worker"),
+    "master-addr": (1, "ranks find each other by themselves; use --rendezvous for those of several machines"),
+    "master-port": (1, "ranks find each other by themselves; use --rendezvous for those of several machines"),
     "weights-cache-override": (1, "use --huggingface-hub-cache"),
     "disable-custom-kernels": (0, "there are no kernels to disable on this path"),
     "watermark-gamma": (1, "watermarks are not applied"),
@@ -91,8 +101,24 @@ def _split_commas(value: Any) -> Any:
 
 
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+GPUS = Path("/proc/driver/nvidia/gpus")
+MAX_RANKS = 1024
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def num_gpus() -> int:
+    """CUDA devices that a process here would see, without loading anything to ask for them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
+
+
+def _is_host_and_port(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
 
 
 class _Settings(BaseSettings):
@@ -137,7 +163,7 @@ class CommonSettings(_Settings):
     ephemeral: bool = option(False, "no append-only file, and results are erased 60 s after their end")
     max_attempts: PositiveInt = option(3, "deaths of a worker, without a new token, after which a job is a dead letter")
 
-    @field_validator("log_level", mode="before")
+    @field_validator("log_level", "sharded", mode="before", check_fields=False)
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -178,10 +204,19 @@ class WorkerSettings(CommonSettings):
         "auto", "type of weights and KV; auto: as in the checkpoint", "dtype"
     )
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights of the model's shape", "load_format")
-    num_shard: Annotated[int, Field(ge=1)] = option(
-        1, "ranks of tensor parallelism", "num_shard", "tensor_parallel_size"
+    num_shard: Annotated[int, Field(ge=1, le=MAX_RANKS)] = option(
+        1, "ranks of tensor parallelism, one process each", "num_shard", "tensor_parallel_size"
     )
-    sharded: bool | None = option(None, "TGI's switch for tensor parallelism", "sharded")
+    sharded: Literal["true", "false"] | None = option(
+        None, "true without --num-shard: one rank for each GPU", "sharded"
+    )
+    num_nodes: Annotated[int, Field(ge=1, le=MAX_RANKS)] = option(
+        1, "machines that share the ranks evenly; each runs the same command with a --node-rank of its own"
+    )
+    node_rank: Annotated[int, Field(ge=0)] = option(0, "number of this machine; only number 0 needs Redis")
+    rendezvous: str = option(
+        "", "HOST:PORT of machine 0 where the others come; all of them must reach each other, and nobody else"
+    )
     quantize: str | None = option(None, "quantisation scheme", "quantize", "quantization")
     kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
     speculate: int = option(0, "length of speculated n-grams", "speculate")
@@ -208,7 +243,9 @@ class WorkerSettings(CommonSettings):
     )
     attention: Literal["auto", "cpu", "reference"] = option("auto", "attention implementation")
     worker_id: str = option("", "name of this worker on Redis; random when empty", max_length=64)
-    threads: Annotated[int, Field(ge=0)] = option(0, "CPU threads of the engine; 0: all cores this worker may use")
+    threads: Annotated[int, Field(ge=0)] = option(
+        0, "CPU threads of the engine, all its ranks here together; 0: all cores this worker may use"
+    )
     step_limit: PositiveFloat = option(60.0, "seconds after which a step that does not end kills the engine")
     graceful_termination_timeout: Annotated[float, Field(ge=0)] = option(
         90.0, "seconds that running jobs get to finish at SIGTERM", "graceful_termination_timeout", "g"
@@ -221,11 +258,9 @@ class WorkerSettings(CommonSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = option(0, "port of this worker's own metrics; 0: none")
 
     @field_validator(
-        "num_shard",
         "speculate",
         "lora_adapters",
         "quantize",
-        "sharded",
         "rope_scaling",
         "rope_factor",
         "enable_prefill_logprobs",
@@ -242,6 +277,38 @@ class WorkerSettings(CommonSettings):
     def _short_dtype(cls, value: Any) -> Any:
         return {"half": "float16", "float": "float32"}.get(value, value)
 
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_shard // self.num_nodes
+
+    @property
+    def local_ranks(self) -> range:
+        """Those of this machine."""
+        return range(self.num_shard)[self.node_rank * self.ranks_per_node :][: self.ranks_per_node]
+
+    @model_validator(mode="after")
+    def _resolve_sharded(self) -> Self:
+        """TGI's rules for its two options."""
+        if self.sharded == "true" and "num_shard" not in self.model_fields_set:
+            self.num_shard = num_gpus()
+            if self.num_shard < 2:
+                raise ValueError(f"--sharded true is one rank for each of {self.num_shard} GPUs; give --num-shard")
+        elif self.sharded is not None and (self.sharded == "true") != (self.num_shard > 1):
+            raise ValueError(f"--sharded {self.sharded} contradicts --num-shard {self.num_shard}; give only one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.num_nodes == 1 and (self.node_rank or self.rendezvous):
+            raise ValueError("--node-rank and --rendezvous are for several machines; give --num-nodes too")
+        if self.node_rank >= self.num_nodes:
+            raise ValueError(f"--node-rank {self.node_rank} must be below --num-nodes {self.num_nodes}")
+        if self.num_shard % self.num_nodes:
+            raise ValueError(f"--num-shard {self.num_shard} must be a multiple of --num-nodes {self.num_nodes}")
+        if self.num_nodes > 1 and not _is_host_and_port(self.rendezvous):
+            raise ValueError("--num-nodes above 1 needs --rendezvous HOST:PORT, an address of machine 0")
+        return self
+
 
 class UpSettings(GatewaySettings, WorkerSettings):
     """Options of `inferfleet up`: those of gateway and worker, and how many of each."""
@@ -250,6 +317,14 @@ class UpSettings(GatewaySettings, WorkerSettings):
     gateways: Annotated[int, Field(ge=1, le=64)] = option(1, "gateway processes, on ports counted up from --port")
     fresh: bool = option(False, "drop the jobs of the last run")
     redis_maxmemory: str = option("", "memory limit of the embedded Redis, such as 2gb")
+
+    @model_validator(mode="after")
+    def _check_worker_of_nodes(self) -> Self:
+        if self.node_rank:
+            raise ValueError("a machine with a --node-rank above 0 runs `inferfleet worker`, not `up`")
+        if self.num_nodes > 1 and self.workers > 1:
+            raise ValueError(f"--workers {self.workers} would meet at one --rendezvous; one of them can")
+        return self
 
 
 class PrepareSettings(_Settings):
@@ -295,8 +370,9 @@ def drop_without_meaning(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-    return f"--{name}: {first['msg'].removeprefix('Value error, ')}"
+    message = first["msg"].removeprefix("Value error, ")
+    # what is wrong with several options together names them itself
+    return f"--{str(first['loc'][0]).replace('_', '-')}: {message}" if first["loc"] else message
 
 
 def parse(settings_class: type[SettingsType], arguments: list[str], *, program: str = "inferfleet") -> SettingsType:

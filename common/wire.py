@@ -41,6 +41,23 @@ def _checked(data: bytes, kind: str) -> Any:
     return value[2]
 
 
+def params_of(fields: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters out of the plain values that `asdict` makes of them.
+
+    Raises:
+        KeyError, TypeError, ValueError: if they are something else.
+    """
+    return SamplingParams(
+        **fields
+        | {
+            "stop": tuple(fields["stop"]),
+            "stop_token_ids": tuple(fields["stop_token_ids"]),
+            "penalty_kind": PenaltyKind(fields["penalty_kind"]),
+            "logprob_kind": LogprobKind(fields["logprob_kind"]),
+        }
+    )
+
+
 def encode_job(job: Job) -> bytes:
     """The body a worker reads: everything of the job but its rendering view, which stays in the record."""
     fields = {key: value for key, value in asdict(job).items() if key != "view"}
@@ -55,15 +72,8 @@ def decode_job(data: bytes) -> Job:
     """
     fields = _checked(data, "job")
     try:
-        params = fields["params"]
-        params |= {
-            "stop": tuple(params["stop"]),
-            "stop_token_ids": tuple(params["stop_token_ids"]),
-            "penalty_kind": PenaltyKind(params["penalty_kind"]),
-            "logprob_kind": LogprobKind(params["logprob_kind"]),
-        }
         fields |= {
-            "params": SamplingParams(**params),
+            "params": params_of(fields["params"]),
             "dialect": Dialect(fields["dialect"]),
             "priority": Priority(fields["priority"]),
         }

@@ -86,7 +86,8 @@ class Agent:
         self.metrics = WorkerMetrics()
         self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
         self._started_ms = round(time.time() * 1000)
-        self._engine = EngineKeeper(command, thread_environment(settings.threads), clock, self)
+        environment = thread_environment(settings.threads, settings.ranks_per_node)
+        self._engine = EngineKeeper(command, environment, clock, self)
         self._stats: dict[str, float] = {}
         self._num_fenced = 0
         self._model_name = settings.model_id

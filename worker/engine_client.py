@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -16,17 +14,11 @@ from common import wire
 from common.errors import WireError
 from common.settings import WorkerSettings
 from worker.pipe import HEADER, Message, decode, encode
+from worker.process import die_with_parent
 
 REAL_ENGINE = (sys.executable, "-m", "worker.engine_process")
-PR_SET_PDEATHSIG = 1
 STOP_LIMIT_S = 5.0
 NUM_OTHER_PROCESSES = 2
-
-
-def die_with_parent() -> None:
-    """Runs in the child before exec: no engine may outlive the agent that would have to fence it."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def num_cores() -> int:
@@ -36,15 +28,20 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def thread_environment(threads: int) -> dict[str, str]:
-    """Environment for an engine of so many threads (0: all cores).
+def threads_per_rank(threads: int, num_ranks: int) -> int:
+    """What each of the ranks on this machine gets of so many threads (0: all cores)."""
+    return max(1, (threads or num_cores()) // num_ranks)
+
+
+def thread_environment(threads: int, num_ranks: int = 1) -> dict[str, str]:
+    """Environment for the ranks of an engine that has so many threads (0: all cores) together.
 
     Threads that spin at OpenMP barriers take the cores that agent, gateway and Redis need; where no core is left over
     they sleep instead.
     """
-    count = threads or num_cores()
+    count = threads_per_rank(threads, num_ranks)
     environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
-    if count + NUM_OTHER_PROCESSES > num_cores():
+    if count * num_ranks + NUM_OTHER_PROCESSES > num_cores():
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     return environment
 

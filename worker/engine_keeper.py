@@ -10,6 +10,7 @@ from typing import Protocol
 from common.errors import ConfigurationError, WireError
 from worker.engine_client import EngineProcess
 from worker.pipe import Commit, Failed, Message, Progress, Ready, Step, Stop
+from worker.process import ending_of
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.2, 30.0
 MAX_DEATHS_WHILE_LOADING = 3
@@ -111,7 +112,7 @@ class EngineKeeper:
         logger.info("loading: %s, %.0f of %.0f MB, about %.0f s left", progress.phase, *sizes, left_s)
 
     def _on_death(self, status: int, failure: str) -> None:
-        how = failure or (f"it was killed by signal {-status}" if status < 0 else f"it ended with status {status}")
+        how = failure or f"it {ending_of(status)}"
         self._ready, self.num_deaths = None, self.num_deaths + 1
         if failure and not self._was_ever_ready:
             raise ConfigurationError(failure)

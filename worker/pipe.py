@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from common import wire
 from common.errors import WireError
-from common.job import LogprobKind, PenaltyKind, SamplingParams
+from common.job import SamplingParams
 
 HEADER = struct.Struct("<I")
 
@@ -147,7 +147,7 @@ def decode(body: bytes) -> Message:
     try:
         name, fields = wire.unpack(body)
         if name == "Submit":
-            fields["params"] = _params(fields["params"])
+            fields["params"] = wire.params_of(fields["params"])
         if name == "Step":
             fields["runs"] = [_run(run) for run in fields["runs"]]
         message: Message = KINDS[name](**fields)
@@ -176,18 +176,6 @@ def _step_fields(step: Step) -> dict[str, Any]:
     """What `asdict` makes, at a tenth of its time: this runs in every engine step."""
     runs = [{name: getattr(run, name) for name in TokenRun.__slots__} for run in step.runs]
     return {"step": step.step, "runs": runs, "stats": step.stats}
-
-
-def _params(fields: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(
-        **fields
-        | {
-            "stop": tuple(fields["stop"]),
-            "stop_token_ids": tuple(fields["stop_token_ids"]),
-            "penalty_kind": PenaltyKind(fields["penalty_kind"]),
-            "logprob_kind": LogprobKind(fields["logprob_kind"]),
-        }
-    )
 
 
 def _run(fields: dict[str, Any]) -> TokenRun:

@@ -1,4 +1,4 @@
-"""`inferfleet worker`: one agent process with its engine."""
+"""`inferfleet worker`: one agent process with its engine; on the further machines of a model, its ranks there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def default_model(model_id: str, served_model_name: list[str]) -> tuple[str, lis
 
 def main(arguments: list[str]) -> int:
     settings = parse(WorkerSettings, arguments, program="inferfleet worker")
-    if settings.redis_url is None:
+    if settings.redis_url is None and settings.node_rank == 0:
         raise ConfigurationError("a worker needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own")
     model_id, names = default_model(settings.model_id, settings.served_model_name)
     settings = settings.model_copy(update={"model_id": model_id, "served_model_name": names})
     set_up_logging(settings.log_level, json_output=settings.json_output)
 
-    from worker.main import run
-
+    if settings.node_rank:
+        from worker.parallel.node import run
+    else:
+        from worker.main import run
     return run(settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import ConfigurationError
@@ -27,10 +29,15 @@ graceful-termination-timeout
 """.split()
 
 
+TWO_NODES = ["--num-nodes", "2", "--num-shard", "4", "--rendezvous", "[::1]:5000"]
+NO_ADDRESS = "--num-nodes above 1 needs --rendezvous HOST:PORT, an address of machine 0"
+
+
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PORT", "HOSTNAME", "MODEL_ID", "REDIS_URL", "API_KEY", "LOG_LEVEL"):
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PORT", "HOSTNAME", "MODEL_ID", "REDIS_URL", "API_KEY", "LOG_LEVEL", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("common.settings.GPUS", tmp_path / "no-gpus")
 
 
 def known_flags(settings_class: type[UpSettings]) -> set[str]:
@@ -95,7 +102,21 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         (["--port", "70000"], "--port: Input should be less than or equal to 65535"),
         (["--dtype", "int3"], "--dtype: Input should be 'auto', 'float16', 'bfloat16', 'float32' or 'float64'"),
         (["--max-input-tokens", "0"], "--max-input-tokens: Input should be greater than 0"),
-        (["--num-shard", "2"], "--num-shard: is not available in this version"),
+        (["--num-shard", "0"], "--num-shard: Input should be greater than or equal to 1"),
+        (["--sharded", "perhaps"], "--sharded: Input should be 'true' or 'false'"),
+        (["--sharded", "true"], "--sharded true is one rank for each of 0 GPUs; give --num-shard"),
+        (["--sharded", "true", "--num-shard", "1"], "--sharded true contradicts --num-shard 1; give only one"),
+        (["--sharded", "false", "--num-shard", "2"], "--sharded false contradicts --num-shard 2; give only one"),
+        (["--num-nodes", "2"], "--num-shard 1 must be a multiple of --num-nodes 2"),
+        (["--node-rank", "1"], "--node-rank and --rendezvous are for several machines; give --num-nodes too"),
+        (["--rendezvous", "a:1"], "--node-rank and --rendezvous are for several machines; give --num-nodes too"),
+        ([*TWO_NODES, "--num-shard", "3"], "--num-shard 3 must be a multiple of --num-nodes 2"),
+        ([*TWO_NODES, "--node-rank", "2"], "--node-rank 2 must be below --num-nodes 2"),
+        ([*TWO_NODES, "--rendezvous", ""], NO_ADDRESS),
+        ([*TWO_NODES, "--rendezvous", ":5000"], NO_ADDRESS),
+        ([*TWO_NODES, "--rendezvous", "host:70000"], NO_ADDRESS),
+        ([*TWO_NODES, "--node-rank", "1"], "a machine with a --node-rank above 0 runs `inferfleet worker`, not `up`"),
+        ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
         (["--quantize", "gptq"], "--quantize: is not available in this version"),
         (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
         (["--workers", "-1"], "--workers: Input should be greater than or equal to 0"),
@@ -135,3 +156,23 @@ def test_children_see_what_was_given_and_nothing_else(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     again = parse(WorkerSettings, [])
     assert (again.prefix_caching, again.served_model_name, again.lease) == (False, ["a", "b"], 2.0)
+
+
+def test_tgis_switch_takes_a_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("common.settings.GPUS", tmp_path)
+    assert parse(WorkerSettings, []).num_shard == 1
+    assert parse(WorkerSettings, ["--sharded", "true"]).num_shard == 3
+    assert parse(WorkerSettings, ["--sharded", "true", "--num-shard", "2"]).num_shard == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    settings = parse(UpSettings, ["--sharded", "true"])
+    assert settings.num_shard == 2
+    assert environment_of(settings, WorkerSettings) == {"NUM_SHARD": "2", "SHARDED": "true"}
+
+
+def test_ranks_are_spread_over_nodes_in_their_order() -> None:
+    assert parse(WorkerSettings, ["--tensor-parallel-size", "3"]).local_ranks == range(3)
+    first, second = (parse(WorkerSettings, [*TWO_NODES, "--node-rank", rank]) for rank in "01")
+    assert (first.local_ranks, second.local_ranks) == (range(2), range(2, 4))
+    assert second.ranks_per_node == 2

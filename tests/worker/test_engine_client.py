@@ -188,3 +188,10 @@ def test_threads_are_limited_and_sleep_where_cores_are_shared() -> None:
     assert alone["OMP_WAIT_POLICY"] == "PASSIVE"
     assert thread_environment(1)["OMP_NUM_THREADS"] == "1"
     assert ("OMP_WAIT_POLICY" in thread_environment(1)) == (num_cores() < 3)
+
+
+def test_ranks_share_the_threads_and_each_has_one() -> None:
+    assert thread_environment(8, 2)["OMP_NUM_THREADS"] == "4"
+    assert thread_environment(8, 3)["MKL_NUM_THREADS"] == "2"
+    many = thread_environment(0, num_cores() + 1)
+    assert (many["OMP_NUM_THREADS"], many["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
+from common.errors import InferfleetError
 from worker.parallel.shard import WHOLE, Shard
+
+if TYPE_CHECKING:
+    # processes that only start ranks or pass plans on must not wait for torch
+    from torch import Tensor
+
+
+class RankLost(InferfleetError):
+    """Another rank is gone. Nobody can go on, and whoever started that rank knows why."""
 
 
 class Group(Protocol):
     """Collective operations: every rank calls the same ones in the same order, and all get the same values.
 
-    An operation raises RuntimeError when another rank is gone; nobody can go on after that.
+    An operation raises RankLost when another rank is gone.
     """
 
     @property
@@ -35,3 +44,20 @@ class Alone:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the rank of `shard` finds the others: rank 0 keeps a store at `host`:`port`, on its socket `listener`."""
+
+    shard: Shard = WHOLE
+    host: str = ""
+    port: int = 0
+    listener: socket.socket | None = None
+
+
+def agree_on_minimum(group: Group, value: int) -> int:
+    """The smallest `value` that any rank has, on all of them."""
+    import torch
+
+    return int(group.all_gather(torch.tensor([value])).min())

@@ -12,7 +12,7 @@ from tests.worker.engine.fake_device import FakeDevice, Staged
 from tests.worker.engine.harness import limits
 from worker import engine_process
 from worker.engine.device import StepResult
-from worker.engine_process import OnProgress
+from worker.parallel.loading import OnProgress
 from worker.pipe import Ready
 
 LIMITS = limits(max_total_tokens=120, num_blocks=40)
@@ -59,7 +59,7 @@ def load(mode: str, on_progress: OnProgress) -> tuple[FakeDevice, Ready]:
 def main(mode: str, fd: int) -> int:
     engine_process.GRACE_AFTER_END_S = 0.2
     connection = socket.socket(fileno=fd)
-    return engine_process.serve(connection, WorkerSettings(), lambda _, on_progress: load(mode, on_progress))
+    return engine_process.serve(connection, WorkerSettings(), lambda _, on_progress, __: load(mode, on_progress))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""How every rank comes by its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.settings import WorkerSettings
+from worker.engine.device import Device
+from worker.engine_client import threads_per_rank
+from worker.parallel.group import Meeting
+from worker.pipe import Ready
+
+OnProgress = Callable[[str, int, int], None]
+LoadDevice = Callable[[WorkerSettings, OnProgress, Meeting], tuple[Device, Ready]]
+"""What `load_torch_device` does; tests have others."""
+
+
+def load_torch_device(settings: WorkerSettings, on_progress: OnProgress, meeting: Meeting) -> tuple[Device, Ready]:
+    """Meet the other ranks, then load this rank's part of the model.
+
+    Raises:
+        ConfigurationError: the model, an option or the memory does not allow it.
+        RankLost: another rank could not.
+    """
+    # Imported here: torch takes seconds, and the first sign of life should not wait for it.
+    from worker.parallel.torch_group import join
+    from worker.runner.load import load_device
+
+    threads = threads_per_rank(settings.threads, settings.ranks_per_node)
+    return load_device(settings.model_copy(update={"threads": threads}), on_progress, join(meeting))
