@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,9 @@ HARMLESS = frozenset(HARMLESS_TEXT.split())
 NEUTRAL: dict[str, object] = {"partial_rotary_factor": 1.0, "attention_factor": 1.0}
 """Keys that a family may not consume, with the value at which they do nothing."""
 
-ROPE_KEYS = {
-    RopeKind.DEFAULT: frozenset[str](),
-    RopeKind.LINEAR: frozenset({"factor"}),
-    RopeKind.LLAMA3: frozenset(
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    ),
-}
+ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The kinds of layer in `layer_types`."""
 
 
 class ConfigReader:
@@ -67,6 +64,7 @@ class ConfigReader:
         self._values = dict(values)
         self._where = where
         self._consumed: set[str] = set()
+        self._sections: list[ConfigReader] = []
         self._own_names: dict[str, str] = {}
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -126,15 +124,18 @@ class ConfigReader:
                 raise self.error(f"{self._own_name(name)} must be {value!r} in this version, not {found!r:.60}")
 
     def section(self, name: str) -> ConfigReader:
-        """A reader of the object under a key, empty where there is none; it is the caller's to finish."""
+        """A reader of the object under a key, empty where there is none; it is finished together with this one."""
         values = self.get(name)
         if values is not None and not isinstance(values, dict):
             raise self.error(f"{self._own_name(name)} must be an object, not {values!r:.60}")
-        return ConfigReader(values or {}, f"{self._where}: {name}")
+        self._sections.append(ConfigReader(values or {}, f"{self._where}: {name}"))
+        return self._sections[-1]
 
     def _own_name(self, name: str) -> str:
         """What the file calls the key that we call `name`."""
         return self._own_names.get(name, name)
+
+    # Rotary embeddings.
 
     def rope(self, default_theta: float = 10_000.0, *, head_dim: int | None = None, default_share: float = 1.0) -> Rope:
         """Rope in one form out of `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones).
@@ -142,23 +143,38 @@ class ConfigReader:
         With `head_dim` a `partial_rotary_factor` counts, `default_share` where there is none: the share of a head
         that turns.
         """
-        max_positions = self.integer("max_position_embeddings")
         theta = self.number("rope_theta", default_theta)
-        scaling, parameters = self.get("rope_scaling"), self.get("rope_parameters")
-        inner = ConfigReader(scaling or parameters or {}, f"{self._where}: rope parameters")
-        kind = inner.rope_kind()
+        # a file with both leaves rope_parameters over, and is refused
+        inner = self.section("rope_scaling" if self._values.get("rope_scaling") else "rope_parameters")
         rotary_dim = None
         if head_dim is not None:
             share = inner.number("partial_rotary_factor", self.number("partial_rotary_factor", default_share))
             rotary_dim = self._rotary_dim(head_dim, share)
-        rope = Rope(
-            theta=inner.number("rope_theta", theta),
-            kind=kind,
-            rotary_dim=rotary_dim,
-            **inner.rope_numbers(kind, max_positions),
-        )
-        inner.finish()
-        return rope
+        return self._rope(inner, theta, rotary_dim)
+
+    def ropes_by_kind(self, full_theta: float, sliding_theta: float) -> dict[str, Rope]:
+        """Ropes by kind of layer, of models whose layers with a window turn differently.
+
+        New files have both in `rope_parameters`. In older ones `rope_theta` and `rope_scaling` are for the layers that
+        see everything, `rope_local_base_freq` for the others.
+        """
+        both, scaling = self.section("rope_parameters"), self.section("rope_scaling")
+        full = both.section(FULL) if both.get(FULL) else scaling
+        full_theta = self.number("rope_theta", full_theta)
+        sliding_theta = self.number("rope_local_base_freq", sliding_theta)
+        return {
+            FULL: self._rope(full, full_theta, None),
+            SLIDING: self._rope(both.section(SLIDING), sliding_theta, None),
+        }
+
+    def _rope(self, inner: ConfigReader, theta: float, rotary_dim: int | None) -> Rope:
+        kind, theta = inner.rope_kind(), inner.number("rope_theta", theta)
+        if theta <= 1.0:
+            raise inner.error(f"rope_theta must be above 1, not {theta}")
+        positions = self.integer("max_position_embeddings")
+        # Phi's files have the length of pretraining beside the object instead of in it
+        original = self.integer(ORIGINAL) if self.get(ORIGINAL) is not None else None
+        return Rope(theta=theta, kind=kind, rotary_dim=rotary_dim, **inner.rope_numbers(kind, positions, original))
 
     def _rotary_dim(self, head_dim: int, share: float) -> int | None:
         rotary_dim = int(head_dim * share)
@@ -169,18 +185,60 @@ class ConfigReader:
         return rotary_dim if rotary_dim < head_dim else None
 
     def rope_kind(self) -> RopeKind:
-        name = self.get("rope_type") or self.get("type") or "default"
+        name = self.get("rope_type") or self.get("type") or RopeKind.DEFAULT
         self._consumed.add("type")
-        if name not in list(ROPE_KEYS):
-            known = ", ".join(ROPE_KEYS)
-            raise self.error(f"rope_type {name!r} is not available in this version; available are {known}")
+        name = RopeKind.LONGROPE if name == "su" else name
+        if name not in list(RopeKind):
+            raise self.error(f"rope_type {name!r} is not supported; supported are {', '.join(RopeKind)}")
         return RopeKind(name)
 
-    def rope_numbers(self, kind: RopeKind, max_positions: int) -> dict[str, Any]:
-        numbers: dict[str, Any] = {name: self.number(name) for name in sorted(ROPE_KEYS[kind] - {ORIGINAL})}
+    def rope_numbers(self, kind: RopeKind, positions: int, original: int | None) -> dict[str, Any]:
+        """What `kind` needs. `positions`: max_position_embeddings; `original`: the length of pretraining, if said
+        elsewhere."""
+        if kind is RopeKind.DEFAULT:
+            return {}
+        if kind is RopeKind.LINEAR:
+            return {"factor": self.number("factor")}
+        if kind is RopeKind.DYNAMIC:
+            return {"factor": self.number("factor"), "original_positions": positions}
+        inside = self.integer(ORIGINAL, positions)
+        original = inside if original is None else original
         if kind is RopeKind.LLAMA3:
-            numbers["original_positions"] = self.integer(ORIGINAL, max_positions)
-        return numbers
+            numbers = {name: self.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        else:
+            stretch = self.number("factor", positions / original)
+            numbers = self._yarn(stretch) if kind is RopeKind.YARN else self._longrope(stretch, original)
+        return numbers | {"original_positions": original}
+
+    def _yarn(self, factor: float) -> dict[str, Any]:
+        """Peng et al., arXiv 2309.00071. The amplitude sharpens attention, which stretching blurs."""
+        amplitude = _yarn_amplitude(factor, 1.0)
+        if self.get("mscale") and self.get("mscale_all_dim"):
+            whole = _yarn_amplitude(factor, self.number("mscale_all_dim"))
+            amplitude = _yarn_amplitude(factor, self.number("mscale")) / whole
+        self.ignore("finetuned")
+        return {
+            "factor": factor,
+            "amplitude": self.number("attention_factor", amplitude),
+            "beta_fast": self.number("beta_fast", 32.0),
+            "beta_slow": self.number("beta_slow", 1.0),
+            "is_truncated": self.flag("truncate", default=True),
+        }
+
+    def _longrope(self, stretch: float, original: int) -> dict[str, Any]:
+        """Ding et al., arXiv 2402.13753."""
+        amplitude = math.sqrt(1 + math.log(stretch) / math.log(max(original, 2))) if stretch > 1 else 1.0
+        return {
+            "amplitude": self.number("attention_factor", amplitude),
+            "short_factors": self._factors("short_factor"),
+            "long_factors": self._factors("long_factor"),
+        }
+
+    def _factors(self, name: str) -> tuple[float, ...]:
+        values = self.get(name)
+        if not isinstance(values, list) or not all(type(value) in (int, float) and value > 0 for value in values):
+            raise self.error(f"{name} must be a list of positive numbers, not {values!r:.60}")
+        return tuple(float(value) for value in values)
 
     def error(self, message: str) -> ConfigurationError:
         return ConfigurationError(f"{self._where}: {message}")
@@ -195,13 +253,16 @@ class ConfigReader:
         if unknown:
             found = ", ".join(f"{self._own_name(name)}={self._values[name]!r:.60}" for name in sorted(unknown))
             raise self.error(f"not supported for this model type: {found}")
+        for section in self._sections:
+            section.finish()
 
     def _matters(self, name: str) -> bool:
         value = self._values[name]
         return name not in HARMLESS and bool(value) and value != NEUTRAL.get(name)
 
 
-ORIGINAL = "original_max_position_embeddings"
+def _yarn_amplitude(factor: float, mscale: float) -> float:
+    return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
 
 
 def read_config(folder: Path) -> dict[str, Any]:

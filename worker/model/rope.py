@@ -11,23 +11,65 @@ from worker.model.spec import Rope, RopeKind
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> Tensor:
-    """Radians per position, float32 [rotary dim / 2]. `max_length`: the most tokens that a sequence may have."""
+    """Radians per position, float32 [rotary dim / 2]. `max_length`: the most tokens that a sequence may have.
+
+    Kinds that depend on the length (dynamic, longrope) take `max_length` for every sequence: keys in the cache were
+    turned once, and a sequence that grows must not change what they mean.
+    """
     size = rope.rotary_dim or head_dim
     exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind is RopeKind.LINEAR:
         return frequencies / rope.factor
+    if rope.kind is RopeKind.DYNAMIC:
+        return 1.0 / _dynamic_theta(rope, size, max_length) ** exponents
     if rope.kind is RopeKind.LLAMA3:
         return _llama3(rope, frequencies)
+    if rope.kind is RopeKind.YARN:
+        return _yarn(rope, frequencies)
+    if rope.kind is RopeKind.LONGROPE:
+        return frequencies / torch.tensor(
+            rope.long_factors if max_length > rope.original_positions else rope.short_factors
+        )
     return frequencies
+
+
+def _dynamic_theta(rope: Rope, size: int, max_length: int) -> float:
+    """The base at which a sequence of `max_length` turns its slowest pair as far as one of the original length did."""
+    stretch = max(max_length / rope.original_positions, 1.0)
+    return float(rope.theta * (rope.factor * stretch - (rope.factor - 1.0)) ** (size / (size - 2)))
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     """Llama 3.1's rule: short wavelengths stay, long ones are stretched by `factor`, those between are blended."""
     periods = rope.original_positions * frequencies / (2 * math.pi)
     share = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    share = share.clamp(0.0, 1.0)
-    return share * frequencies + (1.0 - share) * frequencies / rope.factor
+    return _blend(frequencies, rope.factor, share.clamp(0.0, 1.0))
+
+
+def _yarn(rope: Rope, frequencies: Tensor) -> Tensor:
+    """The blend of YaRN (Peng et al., arXiv 2309.00071), linear in the number of the pair."""
+    first, last = (
+        _yarn_place(rope, rope.beta_fast, len(frequencies)),
+        _yarn_place(rope, rope.beta_slow, len(frequencies)),
+    )
+    if rope.is_truncated:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(frequencies) - 1)
+    # a step where both places are one
+    width = last - first or 0.001
+    share = (torch.arange(len(frequencies), dtype=torch.float32) - first) / width
+    return _blend(frequencies, rope.factor, 1.0 - share.clamp(0.0, 1.0))
+
+
+def _yarn_place(rope: Rope, num_turns: float, num_pairs: int) -> float:
+    """Number of the pair that makes `num_turns` within the original length."""
+    return num_pairs * math.log(rope.original_positions / (num_turns * 2 * math.pi)) / math.log(rope.theta)
+
+
+def _blend(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:
+    """`share` of every frequency as it is, the rest stretched."""
+    return share * frequencies + (1.0 - share) * frequencies / factor
 
 
 def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> tuple[Tensor, Tensor]:
