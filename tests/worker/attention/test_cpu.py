@@ -68,9 +68,11 @@ def test_a_single_row_equals_the_reference(kind, dtype, bar, count):
     assert difference(case, layer) <= bar
 
 
-@pytest.mark.parametrize("window", [1, 8, 13, 1000])
+@pytest.mark.parametrize("window", [1, 8, 13, 16, 17, 63, 64, 1000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_any_window_equals_the_reference(window, softcap):
+    # two prompts are run whole, where a window as long as the prompt hides nothing and one shorter by a token does
+    assert {17, 64} <= {length for length, count in zip(*MIXED.values()) if length == count}
     assert difference(random_case(1, **MIXED), LayerShape(0.25, window, softcap)) <= 4e-6
 
 
