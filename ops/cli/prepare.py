@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -46,7 +47,11 @@ class Work:
         return ProgressLines(word, _say)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
+        """First let the threads end, which takes a moment; the second time do not wait for them."""
+        if self._is_stopped.is_set():
+            os._exit(INTERRUPTED)
         self._is_stopped.set()
+        sys.stderr.write("inferfleet prepare: stopped; run the same command again to go on\n")
         raise KeyboardInterrupt
 
 
@@ -61,7 +66,6 @@ def main(arguments: list[str]) -> int:
         with work.bars:
             options = prepare(settings, Screen(_say, work.show))
     except KeyboardInterrupt:
-        sys.stderr.write("inferfleet prepare: stopped; the same command goes on where it stopped\n")
         return INTERRUPTED
     _say(f"serve it with: {shlex.join(['inferfleet', 'up', *options])}")
     return 0

@@ -37,15 +37,8 @@ WANTED = (*SMALL_FILES, *WEIGHT_FILES)
 
 @pytest.fixture()
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    from huggingface_hub import constants
-
     with HubServer({"owner/model": FILES, "owner/gated": FILES}, gated={"owner/gated"}) as server:
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.use(monkeypatch, tmp_path / "cache")
         yield server
 
 
@@ -140,7 +133,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub: HubServer, monkeypa
 
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
     hub.models["owner/big"] = {"config.json": b"{}", "model.safetensors": os.urandom(NUM_BYTES)}
-    hub.hold_after = NUM_HELD_BYTES
+    hub.hold_after, hub.breaks = NUM_HELD_BYTES, True
     hub.release.set()
     seen: list[int] = []
     folder = fetch(HubModel("owner/big"), WANTED, lambda done, _: seen.append(done))
@@ -155,9 +148,9 @@ def test_a_killed_download_goes_on_with_the_files_that_are_missing(hub: HubServe
     hub.models["owner/big"] = {name: os.urandom(size) for name, size in sizes.items()}
     hub.hold_after = NUM_HELD_BYTES
     cache = tmp_path / "other"
-    command = [sys.executable, "-m", "ops.cli", "prepare", "owner/big"]
+    code = "import sys; from worker.hub import *; fetch(HubModel('owner/big'), sys.argv[1:], print)"
     environment = os.environ | hub.environment(str(cache))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code, *WANTED], cwd=ROOT, env=environment)
     try:
         wait_for(lambda: hub.is_holding.is_set() and len(list(cache.rglob("*.safetensors"))) == 1, "one file of two")
     finally:
