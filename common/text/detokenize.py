@@ -49,11 +49,20 @@ class Detokenizer:
         text = self._decode()[self._skip :]
         is_open = text.endswith(REPLACEMENT)
         if not is_open or len(self._window) > MAX_WINDOW:
+            self._settle_broken(text)
             self._ends.append(len(text))
             return self._release_all(text)
         settled = max(len(text.rstrip(REPLACEMENT)), self._ends[-1] if self._ends else self._done)
         self._ends.append(settled)
         return self._release(text, sum(1 for end in self._ends if end < settled))
+
+    def _settle_broken(self, text: str) -> None:
+        """Bytes that the new token did not complete stay broken, and belong to the tokens that brought them: the new
+        one may be a special token, whose text is not shown."""
+        if self._ends:
+            before = self._decoder.decode(self._window[:-1], False)[self._skip :]
+            if text.startswith(before):
+                self._ends[-1] = len(before)
 
     def prime(self, token_ids: Sequence[int]) -> None:
         """Go through tokens whose pieces are already out, so that the next one gives the piece it would have given."""

@@ -92,6 +92,14 @@ def test_garbage_never_raises_and_every_token_gets_its_piece(ids: list[int]) -> 
     assert len(stream(Detokenizer(BYTES, [65]), ids)) == len(ids)
 
 
+def test_broken_characters_belong_to_the_tokens_that_brought_them() -> None:
+    special = 256
+    lead, following = "日".encode()[:2]
+    pieces = stream(Detokenizer(BYTES, [65]), [lead, following, special, 66])
+    assert pieces == ["", REPLACEMENT, "<s>", "B"]
+    assert "".join(pieces).replace("<s>", "") == BYTES.decode([lead, following, 66])
+
+
 def test_the_comparison_notices_a_decoder_that_forgets_incomplete_characters() -> None:
     ids = list(TEXT.encode())
     naive = "".join(BYTES.decode([token_id]) for token_id in ids)
