@@ -41,7 +41,7 @@ def _attend_group(
     if layer.softcap is None:
         result = scaled_dot_product_attention(folded, k, v, attn_mask=group.mask, scale=layer.scale)
     else:
-        result = _capped(folded[..., None, :], _wide(k), _wide(v), group.mask[..., None, :], layer.scale, layer.softcap)
+        result = _capped_rows(folded[..., None, :], k, v, group.mask[..., None, :], layer.scale, layer.softcap)
     out.index_copy_(0, group.tokens, result.reshape(num_rows, *q.shape[1:]))
 
 
@@ -68,13 +68,19 @@ def _attend_slice(q: Tensor, k: Tensor, v: Tensor, part: ChunkSlice, layer: Laye
     return scaled_dot_product_attention(q, k, v, attn_mask=part.mask, is_causal=part.is_causal, scale=layer.scale)
 
 
+def _capped_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """`_capped` of each row: all rows at once would need keys and values copied into another order."""
+    rows = [_capped(q[row], _wide(k[row]), _wide(v[row]), mask[row], scale, softcap) for row in range(len(q))]
+    return torch.stack(rows)
+
+
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """`q` [..., kv heads, group, queries, d]; `k` and `v` [..., kv heads, keys, d] in the type to compute in."""
-    folded = q.flatten(-3, -2).to(k.dtype)
+    """`q` [kv heads, group, queries, d]; `k` and `v` [kv heads, keys, d] in the type to compute in."""
+    folded = q.flatten(1, 2).to(k.dtype)
     scores = (folded @ k.mT).mul_(scale / softcap).tanh_().mul_(softcap).view(*q.shape[:-1], -1)
     if mask is not None:
         scores.add_(mask)
-    result = scores.softmax(-1).flatten(-3, -2) @ v
+    result = scores.softmax(-1).flatten(1, 2) @ v
     return result.view(q.shape).to(q.dtype)
 
 
