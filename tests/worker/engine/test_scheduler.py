@@ -691,13 +691,16 @@ def test_a_preempted_request_gives_both_tables_back_and_comes_with_its_input_aga
     assert bench.scheduler.stats.encoder_passes == 3
 
 
-@pytest.mark.parametrize("num_input", range(1, 60))
-def test_the_oldest_runs_to_its_end_in_the_smallest_pool_however_it_is_divided(num_input: int) -> None:
-    bench = Bench(has_encoder=True, max_batch_prefill_tokens=60)
-    bench.scheduler._forecast.remaining = lambda num_output, max_new_tokens: 0
-    bench.add("a", [10] * num_input, max_new_tokens=60 - num_input, ignore_eos=True)
-    bench.add("b", [11] * 9, max_new_tokens=51, ignore_eos=True)
-    assert first_to_end(bench) == "a"
+def test_the_oldest_runs_to_its_end_in_the_smallest_pool_however_its_tokens_are_divided() -> None:
+    num_preemptions = 0
+    for num_input in range(1, 60):
+        bench = Bench(has_encoder=True, num_blocks=17, max_batch_prefill_tokens=60)
+        bench.scheduler._forecast.remaining = lambda num_output, max_new_tokens: 0
+        bench.add("a", [10] * num_input, max_new_tokens=60 - num_input, ignore_eos=True)
+        bench.add("b", [11] * 9, max_new_tokens=51, ignore_eos=True)
+        assert first_to_end(bench) == "a"
+        num_preemptions += bench.scheduler.stats.preemptions
+    assert num_preemptions >= 10
 
 
 def test_the_predicted_peak_counts_what_the_encoder_leaves() -> None:
