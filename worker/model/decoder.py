@@ -55,8 +55,8 @@ class Decoder:
         max_length: int | None = None,
     ) -> None:
         self.spec, self._weights, self._attention = spec, weights, attention
-        self._group = group or Alone()
-        shard = self._group.shard
+        self.group = group or Alone()
+        shard = self.group.shard
         self._num_heads = len(shard.heads(spec.num_heads))
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
         self.vocabulary = shard.bounds(spec.vocab_size)
@@ -97,7 +97,7 @@ class Decoder:
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         weights = self._weights
-        x = vocabulary_parallel_embedding(tokens, weights.embed, self.vocabulary, self._group)
+        x = vocabulary_parallel_embedding(tokens, weights.embed, self.vocabulary, self.group)
         if self.spec.embedding_scale != 1.0:
             x = x * self._embedding_scale
         if weights.project_in is not None:
@@ -122,7 +122,7 @@ class Decoder:
         normed = self._norm(x, weights.attention_norm)
         mlp_input = normed if weights.mlp_norm is None else self._norm(x, weights.mlp_norm)
         part = self._attend(normed, weights, step, layer) + self._feed_forward(mlp_input, weights)
-        return x + self._group.all_reduce(part)
+        return x + self.group.all_reduce(part)
 
     def _sequential(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
         part = self._attend(self._norm(x, weights.attention_norm), weights, step, layer)
@@ -130,7 +130,7 @@ class Decoder:
         return self._add(x, self._feed_forward(self._norm(x, weights.mlp_norm), weights), weights.mlp_out_norm)
 
     def _add(self, x: Tensor, part: Tensor, norm: NormWeights | None) -> Tensor:
-        part = self._group.all_reduce(part)
+        part = self.group.all_reduce(part)
         if self.spec.residual is Residual.POST:
             return self._norm(x + part, norm)
         part = self._norm(part, norm)
@@ -181,7 +181,7 @@ class Decoder:
         """One object for all layers that attend alike."""
         spec, slopes = self.spec, None
         if spec.alibi_scale is not None:
-            mine = self._group.shard.heads(spec.num_heads)
+            mine = self.group.shard.heads(spec.num_heads)
             slopes = alibi_slopes(spec.num_heads)[mine.start : mine.stop] * spec.alibi_scale
         by_window = {
             window: LayerShape(spec.scale, window, spec.attention_softcap, slopes) for window in set(spec.windows)

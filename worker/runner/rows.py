@@ -5,6 +5,8 @@ One slot per row of the engine core, held in arrays so that a step touches it wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +16,7 @@ from common.job import LogprobKind, PenaltyKind, SamplingParams
 from worker.engine.device import RowInit, StepPlan
 
 Ints = npt.NDArray[np.int64]
+AnyInts = npt.NDArray[np.integer[Any]]
 
 PARAMETERS = np.dtype(
     [
@@ -34,23 +37,29 @@ PARAMETERS = np.dtype(
         ("num_prompt", np.int64),
         ("needs_counts", np.bool_),
         ("is_plain", np.bool_),
+        ("needs_whole", np.bool_),
     ]
 )
-"""What the sampler must know of a row. `is_plain`: greedy without any processor, the case of one argmax."""
+"""What the sampler must know of a row. `is_plain`: greedy without any processor, the case of one argmax. `needs_whole`:
+what becomes of a token depends on all others, not only on the best one."""
 
 SEED_MASK = (1 << 64) - 1
 
 
 class Rows:
-    """State of `num_rows` rows for a vocabulary of `vocab_size`, with block tables of `max_blocks` pages."""
+    """State of `num_rows` rows, with block tables of `max_blocks` pages and counts of the token ids `ids`.
 
-    def __init__(self, num_rows: int, max_blocks: int, vocab_size: int) -> None:
+    `cross_tables` and `cross_lengths` say where an encoder left how many tokens, none for decoder-only models.
+    """
+
+    def __init__(self, num_rows: int, max_blocks: int, ids: range) -> None:
         self.parameters = np.zeros(num_rows, dtype=PARAMETERS)
         self.block_tables = np.zeros((num_rows, max_blocks), dtype=np.int64)
+        self.cross_tables = np.zeros((num_rows, max_blocks), dtype=np.int64)
+        self.cross_lengths = np.zeros(num_rows, dtype=np.int64)
         self.last_ids = np.zeros(num_rows, dtype=np.int64)
         self.stop_ids: list[Ints] = [np.zeros(0, dtype=np.int64)] * num_rows
-        self.counts = TokenCounts(vocab_size)
-        self._vocab_size = vocab_size
+        self.counts = TokenCounts(ids)
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what `plan` says of rows: departures, arrivals, then pages."""
@@ -71,49 +80,57 @@ class Rows:
         row = init.row
         self.counts.release(row)
         self.parameters[row] = _parameters(init.params, len(init.prompt_ids))
-        self.stop_ids[row] = self._known(init.stop_ids)
+        self.stop_ids[row] = init.stop_ids.astype(np.int64)
         self.block_tables[row] = 0
+        self.cross_tables[row, : len(init.cross_blocks)] = init.cross_blocks
+        self.cross_lengths[row] = len(init.encoder_ids)
         if self.parameters["needs_counts"][row]:
-            self.counts.start(row, self._known(init.prompt_ids), self._known(init.output_ids))
-
-    def _known(self, ids: npt.NDArray[np.int32]) -> Ints:
-        """The ids that the model has; a tokenizer may have more."""
-        return ids[(ids >= 0) & (ids < self._vocab_size)].astype(np.int64)
+            self.counts.start(row, init.prompt_ids, init.output_ids)
 
 
 class TokenCounts:
     """How often each token occurred, for the rows with penalties only: a full vocabulary is too large for every row.
 
-    `table` int32 [slots, 2, vocab]: occurrences in prompt and output together, and in the output alone.
+    `table` int32 [slots, 2, columns]: occurrences in prompt and output together, and in the output alone. A column
+    belongs to each of the token ids `ids`; what happens to others is not counted here.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self.table = torch.zeros((0, 2, vocab_size), dtype=torch.int32)
+    def __init__(self, ids: range) -> None:
+        self.table = torch.zeros((0, 2, len(ids)), dtype=torch.int32)
+        self._ids = ids
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
-    def slots(self, rows: Ints) -> Tensor:
-        """Index into `table` of each of these rows, which must have been started."""
-        return torch.tensor([self._slots[row] for row in rows.tolist()])
+    def of(self, rows: Ints) -> Tensor:
+        """int32 [m, 2, columns]: counts of these rows, which must have been started."""
+        return self.table[self._slots_of(rows)]
 
-    def start(self, row: int, prompt_ids: Ints, output_ids: Ints) -> None:
+    def start(self, row: int, prompt_ids: AnyInts, output_ids: AnyInts) -> None:
         """Count what `row` begins with, out of nothing."""
         if not self._free:
             self._grow()
         slot = self._slots[row] = self._free.pop()
-        vocab_size = self.table.shape[2]
-        output = np.bincount(output_ids, minlength=vocab_size)
-        both = output + np.bincount(prompt_ids, minlength=vocab_size)
+        output = self._count(output_ids)
+        both = output + self._count(prompt_ids)
         self.table[slot] = torch.from_numpy(np.stack((both, output)))
 
     def add(self, rows: Ints, ids: Ints) -> None:
-        # no row occurs twice, hence no element either
-        self.table[self.slots(rows), :, torch.from_numpy(ids)] += 1
+        """One more of `ids` [m] in the output of each of `rows` [m], of which none occurs twice."""
+        is_here = is_among(ids, self._ids)
+        columns = columns_of(ids, self._ids)
+        # hence no element occurs twice either
+        self.table[self._slots_of(rows[is_here]), :, torch.from_numpy(columns)] += 1
 
     def release(self, row: int) -> None:
         slot = self._slots.pop(row, None)
         if slot is not None:
             self._free.append(slot)
+
+    def _slots_of(self, rows: Ints) -> Tensor:
+        return torch.tensor([self._slots[row] for row in rows.tolist()], dtype=torch.int64)
+
+    def _count(self, ids: AnyInts) -> Ints:
+        return np.bincount(columns_of(ids, self._ids), minlength=len(self._ids))
 
     def _grow(self) -> None:
         old = len(self.table)
@@ -122,9 +139,21 @@ class TokenCounts:
         self.table = torch.cat((self.table, self.table.new_zeros((new - old, *self.table.shape[1:]))))
 
 
+def is_among(ids: AnyInts, mine: range) -> npt.NDArray[np.bool_]:
+    """Which of `ids` are a rank's own. Others are another rank's, or the tokenizer's alone: it may have more than the
+    model."""
+    return (ids >= mine.start) & (ids < mine.stop)
+
+
+def columns_of(ids: AnyInts, mine: range) -> Ints:
+    """The columns of those `ids` that are a rank's own."""
+    return ids[is_among(ids, mine)].astype(np.int64) - mine.start
+
+
 def _parameters(params: SamplingParams, num_prompt: int) -> tuple[object, ...]:
     """In the order of PARAMETERS."""
     samples = params.do_sample and params.temperature > 0
+    is_cut = params.top_k > 0 or params.top_p < 1 or params.typical_p < 1 or params.min_p > 0
     has_penalty = params.repetition_penalty != 1.0 or params.frequency_penalty != 0 or params.presence_penalty != 0
     return (
         samples,
@@ -144,4 +173,5 @@ def _parameters(params: SamplingParams, num_prompt: int) -> tuple[object, ...]:
         num_prompt,
         has_penalty,
         not (samples or has_penalty or params.min_tokens),
+        (samples and is_cut) or params.num_top_logprobs > 0,
     )

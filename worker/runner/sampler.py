@@ -3,12 +3,17 @@
 Order: minimum length, repetition, frequency and presence penalties, temperature, top-k, top-p, typical-p, min-p, then
 the choice. Each processor sees only the rows that ask for it, and what it does to a row depends on that row alone. Sums
 that decide what is kept are float64 in a fixed order, so that company in the batch cannot move a boundary.
+
+Where ranks hold parts of the vocabulary all of them call this with equal rows and get equal results. Of most rows it is
+enough to compare the best token of each part; noise is keyed by the token's id in the whole vocabulary, so the outcome
+is that of one rank. Rows whose processors weigh tokens against each other are gathered and run as on one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +21,12 @@ import torch
 from torch import Tensor
 
 from worker.runner import noise
-from worker.runner.rows import Ints, Rows
+from worker.runner.noise import Doubles
+from worker.runner.rows import Ints, Rows, is_among
+from worker.runner.vocabulary import Vocabulary
 
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating[Any]]
 KeepRule = Callable[[Tensor, Tensor], Tensor]
 Parameters = npt.NDArray[np.void]
 
@@ -44,52 +52,139 @@ class Sampled:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def sample(logits: Tensor, rows: Ints, output_indices: Ints, state: Rows) -> Sampled:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Rows to pick tokens for, out of the token ids `ids`; `counts` int32 [rows with penalties, 2, ids]."""
+
+    rows: Ints
+    output_indices: Ints
+    parameters: Parameters
+    stop_ids: list[Ints]
+    ids: range
+    counts: Tensor | None
+
+    def of(self, members: Ints) -> _Task:
+        """Some of the rows, among them all with penalties."""
+        rows, indices, parameters = self.rows[members], self.output_indices[members], self.parameters[members]
+        return replace(self, rows=rows, output_indices=indices, parameters=parameters)
+
+
+def sample(logits: Tensor, rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary) -> Sampled:
     """Pick one token for each of k rows.
 
-    `logits` [k, vocab] of any floating type; `rows` [k] where each one's parameters are in `state`; `output_indices`
-    [k] index of the token to pick within the row's output. `state` is only read.
+    `logits` [k, this rank's part of the vocabulary] of any floating type; `rows` [k] where each one's parameters are in
+    `state`; `output_indices` [k] index of the token to pick within the row's output. `state` is only read.
+
+    Ranks exchange five numbers for each row that is decided by the best tokens of their parts, in one collective; the
+    logits of all other rows in another, and the token counts of those with penalties among these in a third.
     """
-    scores = logits if logits.dtype is torch.float64 else logits.to(torch.float32)
+    if not vocabulary.is_split:
+        return _sample_here(logits, _task(rows, output_indices, state, vocabulary))
+    needs_whole = state.parameters["needs_whole"][rows]
+    ways, found = {_sample_gathered: needs_whole, _sample_split: ~needs_whole}, []
+    for run, is_member in ways.items():
+        members = np.flatnonzero(is_member)
+        if len(members):
+            task = _task(rows[members], output_indices[members], state, vocabulary)
+            mine = logits if len(members) == len(rows) else logits[torch.from_numpy(members)]
+            found.append((members, run(mine, task, vocabulary)))
+    return found[0][1] if len(found) == 1 else _merge(found, len(rows))
+
+
+def _task(rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary) -> _Task:
     parameters = state.parameters[rows]
-    ids = scores.argmax(-1).numpy()
-    normalisers = scores.logsumexp(-1)
-    chosen = np.flatnonzero(~parameters["is_plain"])
+    counted = rows[parameters["needs_counts"]]
+    counts = state.counts.of(counted) if len(counted) else None
+    return _Task(rows, output_indices, parameters, state.stop_ids, vocabulary.mine, counts)
+
+
+def _merge(parts: list[tuple[Ints, Sampled]], num_rows: int) -> Sampled:
+    """One result for all rows out of results for the rows at these places."""
+    merged = Sampled(np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.float32))
+    if any(sampled.top_tokens for _, sampled in parts):
+        merged.top_tokens = [[] for _ in range(num_rows)]
+    for places, sampled in parts:
+        merged.ids[places], merged.logprobs[places] = sampled.ids, sampled.logprobs
+        for index, tops in enumerate(sampled.top_tokens):
+            merged.top_tokens[places[index]] = tops
+        merged.errors |= {int(places[index]): error for index, error in sampled.errors.items()}
+    return merged
+
+
+def _sample_here(logits: Tensor, task: _Task) -> Sampled:
+    """For `logits` of the whole vocabulary."""
+    view, columns, _ = _choose(logits, task)
+    sampled = _sampled(columns, view.values(columns), view.raw_normalisers, view.processed_normalisers, task)
+    if task.parameters["num_top"].any():
+        sampled.top_tokens = _top_tokens(view, task.parameters, sampled.errors)
+    return sampled
+
+
+def _sample_gathered(logits: Tensor, task: _Task, vocabulary: Vocabulary) -> Sampled:
+    """Every rank does all of the work, from the same numbers."""
+    counts = None if task.counts is None else vocabulary.gather(task.counts)
+    return _sample_here(vocabulary.gather(logits), replace(task, ids=range(vocabulary.size), counts=counts))
+
+
+def _sample_split(logits: Tensor, task: _Task, vocabulary: Vocabulary) -> Sampled:
+    """The best of the best tokens of all parts. Of ranks that tie the first one has the lower id."""
+    view, columns, best = _choose(logits, task)
+    mine = (best, columns + task.ids.start, view.values(columns), view.raw_normalisers, view.processed_normalisers)
+    everyone = vocabulary.group.all_gather(torch.from_numpy(np.stack(mine, dtype=np.float64, casting="unsafe")))
+    said = everyone.numpy()
+    winners, places = said[:, 0].argmax(0), np.arange(len(columns))
+    ids, values = said[winners, 1, places].astype(np.int64), said[winners, 2, places]
+    normalisers = everyone[:, 3:].logsumexp(0).numpy()
+    return _sampled(ids, values, normalisers[0], normalisers[1], task)
+
+
+def _choose(logits: Tensor, task: _Task) -> tuple[_View, Ints, Doubles]:
+    """The scores that decide, the column picked for each of k rows, and the value by which it won."""
+    scores = logits if logits.dtype is torch.float64 else logits.to(torch.float32)
+    most, picked = scores.max(-1)
+    best, columns = most.double().numpy(), picked.numpy()
+    chosen = np.flatnonzero(~task.parameters["is_plain"])
     processed: Tensor | None = None
     if len(chosen):
         processed = scores[torch.from_numpy(chosen)]
-        processed_ids = _process_and_pick(processed, parameters[chosen], rows[chosen], output_indices[chosen], state)
-        ids[chosen] = processed_ids
-    view = _View(scores, normalisers, processed, chosen, parameters)
-    return _result(view, ids)
+        columns[chosen], best[chosen] = _process_and_pick(processed, task.of(chosen))
+    return _View(scores, processed, chosen, task.parameters), columns, best
 
 
-def _process_and_pick(scores: Tensor, parameters: Parameters, rows: Ints, output_indices: Ints, state: Rows) -> Ints:
-    """Run all processors on `scores` in place; returns the picks."""
-    _hold_back_stops(scores, np.flatnonzero(output_indices < parameters["min_tokens"]), rows, state)
-    _penalise(scores, parameters, rows, output_indices, state)
+def _process_and_pick(scores: Tensor, task: _Task) -> tuple[Ints, Doubles]:
+    """Run all processors on `scores` in place; returns the columns picked and the values by which they won."""
+    parameters = task.parameters
+    _hold_back_stops(scores, task)
+    _penalise(scores, task)
     samples = np.flatnonzero(parameters["samples"])
-    ids = scores.argmax(-1).numpy()
+    most, picked = scores.max(-1)
+    best, columns = most.double().numpy(), picked.numpy()
     if len(samples):
         warped = scores[torch.from_numpy(samples)]
         warp(warped, parameters[samples])
         scores[torch.from_numpy(samples)] = warped
-        ids[samples] = pick(warped, parameters["seed"][samples], output_indices[samples])
-    return ids
+        indices, first_id = task.output_indices[samples], task.ids.start
+        columns[samples], best[samples] = pick(warped, parameters["seed"][samples], indices, first_id)
+    return columns, best
 
 
-def _hold_back_stops(scores: Tensor, members: Ints, rows: Ints, state: Rows) -> None:
-    for member in members.tolist():
-        scores[member, torch.from_numpy(state.stop_ids[rows[member]])] = -torch.inf
-
-
-def _penalise(scores: Tensor, parameters: Parameters, rows: Ints, output_indices: Ints, state: Rows) -> None:
-    members = np.flatnonzero(parameters["needs_counts"])
+def _hold_back_stops(scores: Tensor, task: _Task) -> None:
+    members = np.flatnonzero(task.output_indices < task.parameters["min_tokens"])
     if not len(members):
         return
-    counts, mine = state.counts.table[state.counts.slots(rows[members])], parameters[members]
-    lengths = mine["num_prompt"] + output_indices[members]
-    penalised = penalise(scores[torch.from_numpy(members)], mine, counts, lengths)
+    stop_ids = [task.stop_ids[row] for row in task.rows[members].tolist()]
+    ids, owners = np.concatenate(stop_ids), np.repeat(members, [len(each) for each in stop_ids])
+    is_here = is_among(ids, task.ids)
+    scores[torch.from_numpy(owners[is_here]), torch.from_numpy(ids[is_here] - task.ids.start)] = -torch.inf
+
+
+def _penalise(scores: Tensor, task: _Task) -> None:
+    if task.counts is None:
+        return
+    members = np.flatnonzero(task.parameters["needs_counts"])
+    mine = task.parameters[members]
+    lengths = mine["num_prompt"] + task.output_indices[members]
+    penalised = penalise(scores[torch.from_numpy(members)], mine, task.counts, lengths)
     scores[torch.from_numpy(members)] = penalised
 
 
@@ -193,68 +288,82 @@ def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
     return scores.double() >= scores.double().amax(-1, keepdim=True) + p.log()
 
 
-def pick(scores: Tensor, seeds: npt.NDArray[np.uint64], output_indices: Ints) -> Ints:
+def pick(
+    scores: Tensor, seeds: npt.NDArray[np.uint64], output_indices: Ints, first_id: int = 0
+) -> tuple[Ints, Doubles]:
     """Sample each row by the Gumbel-max trick: the argmax of score plus noise, the lowest id on ties.
 
-    Exact although noise is computed only for candidates that can win. `scores` [m, vocab]; returns int64 [m].
+    Exact although noise is computed only for candidates that can win. `scores` [m, columns] of the token ids from
+    `first_id` on; returns the columns picked and their score plus noise, int64 and float64 [m].
     """
     limits = scores.double().amax(-1, keepdim=True).nan_to_num(nan=0.0, neginf=0.0) - NOISE_MARGIN
     places = torch.nonzero(scores >= limits)
-    members, ids = places[:, 0].numpy(), places[:, 1].numpy()
-    gumbels = noise.gumbel(seeds[members], output_indices[members].astype(np.uint64), ids.astype(np.uint64))
+    members, columns = places[:, 0].numpy(), places[:, 1].numpy()
+    ids = (columns + first_id).astype(np.uint64)
+    gumbels = noise.gumbel(seeds[members], output_indices[members].astype(np.uint64), ids)
     keyed = scores[places[:, 0], places[:, 1]].double().numpy() + gumbels
-    return _first_best(keyed, members, ids, len(scores))
+    return _first_best(keyed, members, columns, len(scores))
 
 
-def _first_best(values: npt.NDArray[np.float64], members: Ints, ids: Ints, num_rows: int) -> Ints:
-    """Of each row the id with the largest value, the first one on ties; `members` ascends. Rows without any get 0."""
+def _first_best(values: Doubles, members: Ints, columns: Ints, num_rows: int) -> tuple[Ints, Doubles]:
+    """Of each row the column with the largest value, the first one on ties, and that value; `members` ascends. Rows
+    without any get column 0."""
     best = np.full(num_rows, -np.inf)
     np.maximum.at(best, members, values)
     picks = np.zeros(num_rows, dtype=np.int64)
     winners = np.flatnonzero(values == best[members])[::-1]
-    picks[members[winners]] = ids[winners]
-    return picks
+    picks[members[winners]] = columns[winners]
+    return picks, best
 
 
 class _View:
-    """The distributions that log-probabilities are read from: raw ones, and processed ones where they differ."""
+    """The distributions of k rows that log-probabilities are read from: raw ones, and processed ones of rows `chosen`.
 
-    def __init__(
-        self, raw: Tensor, normalisers: Tensor, processed: Tensor | None, chosen: Ints, parameters: Parameters
-    ) -> None:
-        self.raw, self.raw_normalisers, self.parameters = raw, normalisers, parameters
-        self.processed = processed
-        self.place = np.full(len(parameters), -1)
-        self.place[chosen] = np.arange(len(chosen))
-        self.processed_normalisers = None if processed is None else processed.logsumexp(-1)
+    `raw_normalisers` and `processed_normalisers` [k] are their log-sum-exps; the same where nothing is processed.
+    """
+
+    def __init__(self, raw: Tensor, processed: Tensor | None, chosen: Ints, parameters: Parameters) -> None:
+        self._raw, self._processed = raw, processed
+        self.raw_normalisers: Floats = raw.logsumexp(-1).numpy()
+        self.processed_normalisers = self.raw_normalisers
+        self._place = np.full(len(parameters), -1)
+        if processed is not None:
+            self._place[chosen] = np.arange(len(chosen))
+            self.processed_normalisers = self.raw_normalisers.copy()
+            self.processed_normalisers[chosen] = processed.logsumexp(-1).numpy()
+        self._reads_processed = ~parameters["is_raw"] & (self._place >= 0)
+
+    def values(self, columns: Ints) -> Floats:
+        """The scores at one column of each row, of the kind the row wants, [k]."""
+        values: Floats = self._raw.gather(1, torch.from_numpy(columns)[:, None])[:, 0].numpy()
+        if self._processed is not None:
+            members = np.flatnonzero(self._reads_processed)
+            places = torch.from_numpy(self._place[members])
+            values[members] = self._processed[places, torch.from_numpy(columns[members])].numpy()
+        return values
 
     def logprobs(self, row: int) -> Tensor:
-        """[vocab] of the kind the row wants."""
-        place = int(self.place[row])
-        if self.processed is None or self.processed_normalisers is None or place < 0 or self.parameters["is_raw"][row]:
-            return self.raw[row] - self.raw_normalisers[row]
-        return self.processed[place] - self.processed_normalisers[place]
+        """[columns] of the kind the row wants."""
+        if self._processed is not None and self._reads_processed[row]:
+            return self._processed[self._place[row]] - float(self.processed_normalisers[row])
+        return self._raw[row] - float(self.raw_normalisers[row])
 
 
-def _result(view: _View, ids: Ints) -> Sampled:
-    columns = torch.from_numpy(ids)[:, None]
-    logprobs = view.raw.gather(1, columns)[:, 0] - view.raw_normalisers
-    is_usable = torch.isfinite(view.raw_normalisers)
-    if view.processed is not None and view.processed_normalisers is not None:
-        chosen = torch.from_numpy(np.flatnonzero(view.place >= 0))
-        is_usable[chosen] &= torch.isfinite(view.processed_normalisers)
-        mine = view.processed.gather(1, columns[chosen])[:, 0] - view.processed_normalisers
-        is_processed = torch.from_numpy(~view.parameters["is_raw"])[chosen]
-        logprobs[chosen[is_processed]] = mine[is_processed]
-    errors = dict.fromkeys(torch.nonzero(~is_usable)[:, 0].tolist(), UNUSABLE)
-    tops = _top_tokens(view, errors) if view.parameters["num_top"].any() else []
-    return Sampled(ids, logprobs.to(torch.float32).numpy(), tops, errors)
+def _sampled(ids: Ints, values: Floats, raw_normalisers: Floats, processed_normalisers: Floats, task: _Task) -> Sampled:
+    """`values` [k] are scores of `ids` of the kind that each row wants, normalisers [k] log-sum-exps over all ids."""
+    normalisers = np.where(task.parameters["is_raw"], raw_normalisers, processed_normalisers)
+    is_usable = np.isfinite(raw_normalisers) & np.isfinite(processed_normalisers)
+    errors = dict.fromkeys(np.flatnonzero(~is_usable).tolist(), UNUSABLE)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # where that matters the row has an error
+        logprobs = (values - normalisers).astype(np.float32)
+    return Sampled(ids, logprobs, errors=errors)
 
 
-def _top_tokens(view: _View, errors: dict[int, str]) -> list[list[tuple[int, float]]]:
-    wanted = view.parameters["num_top"].tolist()
+def _top_tokens(view: _View, parameters: Parameters, errors: dict[int, str]) -> list[list[tuple[int, float]]]:
+    wanted = parameters["num_top"].tolist()
     return [
-        top_tokens(view.logprobs(row), number, with_ties=not view.parameters["is_raw"][row])
+        top_tokens(view.logprobs(row), number, with_ties=not parameters["is_raw"][row])
         if number and row not in errors
         else []
         for row, number in enumerate(wanted)

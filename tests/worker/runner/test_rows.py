@@ -11,11 +11,11 @@ def ids(*values: int) -> np.ndarray:
 
 
 def counts_of(counts: TokenCounts, row: int) -> list[list[int]]:
-    return counts.table[counts.slots(ids(row))][0].tolist()
+    return counts.of(ids(row))[0].tolist()
 
 
 def test_prompt_and_output_are_counted_apart():
-    counts = TokenCounts(4)
+    counts = TokenCounts(range(4))
     counts.start(9, ids(1, 1, 2), ids(2, 3))
     assert counts_of(counts, 9) == [[0, 2, 2, 1], [0, 0, 1, 1]]
     counts.add(ids(9), ids(3))
@@ -23,7 +23,7 @@ def test_prompt_and_output_are_counted_apart():
 
 
 def test_many_rows_get_slots_of_their_own_and_give_them_back():
-    counts = TokenCounts(8)
+    counts = TokenCounts(range(8))
     for row in range(11):
         counts.start(row, ids(*[row % 8] * (row + 1)), ids())
     assert len(counts.table) == 16

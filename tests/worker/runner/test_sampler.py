@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,19 +11,9 @@ import torch
 from transformers import generation
 
 from common.job import LogprobKind, PenaltyKind, SamplingParams
-from worker.engine.device import RowInit, StepPlan
+from tests.worker.runner.sampling import Row, output_indices, random_batch, state_of
 from worker.runner import sampler
-from worker.runner.rows import Rows
-
-EMPTY = np.zeros(0, dtype=np.int32)
-
-
-@dataclass
-class Row:
-    params: SamplingParams
-    prompt_ids: list[int]
-    output_ids: list[int]
-    stop_ids: tuple[int, ...] = ()
+from worker.runner.vocabulary import Vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -31,37 +21,10 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def ints(values) -> np.ndarray:
-    return np.array(list(values), dtype=np.int32)
-
-
-def state_of(rows: list[Row], vocab_size: int) -> tuple[Rows, np.ndarray]:
-    """Rows moved in at places that are not their order, and those places."""
-    state, places = Rows(2 * len(rows), 4, vocab_size), np.arange(len(rows))[::-1] * 2
-    inits = [
-        RowInit(
-            row=int(place),
-            request_id=str(place),
-            params=row.params,
-            prompt_ids=ints(row.prompt_ids),
-            output_ids=ints(row.output_ids),
-            stop_ids=ints(row.stop_ids),
-        )
-        for place, row in zip(places, rows)
-    ]
-    state.apply(
-        StepPlan(
-            step=1, rows=EMPTY, num_tokens=EMPTY, starts=EMPTY, tokens=EMPTY, samples=EMPTY.astype(bool),
-            block_rows=EMPTY, block_offsets=EMPTY, block_ids=EMPTY, new_rows=inits, freed_rows=EMPTY,
-        )
-    )  # fmt: skip
-    return state, places
-
-
 def run(logits: torch.Tensor, rows: list[Row]) -> sampler.Sampled:
-    state, places = state_of(rows, logits.shape[1])
-    indices = np.array([len(row.output_ids) for row in rows])
-    return sampler.sample(logits, places, indices, state)
+    vocabulary = Vocabulary(logits.shape[1])
+    state, places = state_of(rows, vocabulary.mine)
+    return sampler.sample(logits, places, output_indices(rows), state, vocabulary)
 
 
 # ------------------------------------------------------------------ the oracle
@@ -151,37 +114,6 @@ def expected(logits: torch.Tensor, row: Row, order=ORDER, shift: int = 0) -> tup
 
 
 # ------------------------------------------------------------------ random rows against it
-
-
-def random_row(draw: np.random.Generator, vocab_size: int) -> Row:
-    def maybe(value, neutral):
-        return value if draw.random() < 0.4 else neutral
-
-    params = SamplingParams(
-        max_new_tokens=100,
-        do_sample=bool(draw.random() < 0.75),
-        temperature=maybe(float(draw.uniform(0.3, 1.8)), 1.0),
-        top_k=maybe(int(draw.integers(1, vocab_size + 20)), 0),
-        top_p=maybe(float(draw.uniform(0.05, 0.99)), 1.0),
-        typical_p=maybe(float(draw.uniform(0.2, 0.95)), 1.0),
-        min_p=maybe(float(draw.uniform(0.01, 0.3)), 0.0),
-        repetition_penalty=maybe(float(draw.uniform(0.7, 1.6)), 1.0),
-        frequency_penalty=maybe(float(draw.uniform(-2, 2)), 0.0),
-        presence_penalty=maybe(float(draw.uniform(-2, 2)), 0.0),
-        penalty_kind=PenaltyKind.OPENAI if draw.random() < 0.5 else PenaltyKind.TGI,
-        seed=int(draw.integers(0, 2**64, dtype=np.uint64)),
-        min_tokens=maybe(int(draw.integers(1, 20)), 0),
-        logprob_kind=LogprobKind.RAW if draw.random() < 0.4 else LogprobKind.PROCESSED,
-    )
-    few = min(vocab_size, 30)
-    prompt, output = draw.integers(0, few, 12).tolist(), draw.integers(0, few, draw.integers(0, 15)).tolist()
-    return Row(params, prompt, output, tuple(draw.integers(0, few, 2).tolist()))
-
-
-def random_batch(seed: int, num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[Row]]:
-    draw = np.random.default_rng(seed)
-    logits = torch.from_numpy(draw.normal(0, 3, (num_rows, vocab_size)))
-    return logits, [random_row(draw, vocab_size) for _ in range(num_rows)]
 
 
 @pytest.mark.parametrize(("seed", "num_rows", "vocab_size"), [(0, 60, 50), (1, 60, 50), (2, 40, 300), (3, 12, 3000)])
