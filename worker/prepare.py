@@ -7,6 +7,7 @@ a small file in it notes what its weights are made of. Nothing that was there be
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 from common.errors import ConfigurationError
 from common.settings import PrepareSettings
-from worker.conversion import INDEX_NAME, SHARD_BYTES, Say, convert, find_pickles, plan, written_whole
+from worker.conversion import INDEX_NAME, SHARD_BYTES, SINGLE_NAME, Say, convert, find_pickles, plan, written_whole
 from worker.hub import (
     NO_SPACE,
     PICKLED_FILES,
@@ -186,16 +187,18 @@ def make_tokenizer(folder: Path) -> None:
     """Write tokenizer.json, and what belongs to it and is missing, from the other files of a tokenizer.
 
     Raises:
-        ConfigurationError: transformers is not there, or cannot do it.
+        ConfigurationError: transformers or sentencepiece is not there, or they cannot do it.
     """
-    try:
-        # Imported here: only few models need it, and a worker is installed without it.
-        from transformers import AutoTokenizer
-    except ImportError as error:
+    needed = ["transformers", *(["sentencepiece"] if any(folder.glob("*.model")) else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         raise ConfigurationError(
-            f"{folder} has no {TOKENIZER_NAME}, and making one needs transformers: `pip install transformers "
-            "sentencepiece`, then the same command again"
-        ) from error
+            f"{folder} has no {TOKENIZER_NAME}, and making one needs {' and '.join(missing)}: "
+            f"`pip install {' '.join(missing)}`, then the same command again"
+        )
+    # Imported here: only few models need it, and a worker is installed without it.
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as scratch:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -226,7 +229,8 @@ def _convert(source: Path, target: Path, notes: BinaryIO, screen: Screen, shard_
 
     convert(shards, target, show, is_resumed=is_resumed)
     num_bytes = sum(shard.num_bytes for shard in shards)
-    screen.say(f"converted {readable(num_bytes)} of weights into {len(shards)} files in {target}")
+    made = SINGLE_NAME if len(shards) == 1 else f"{len(shards)} files"
+    screen.say(f"converted {readable(num_bytes)} of weights: {made} in {target}")
 
 
 def _stamp(pickles: Sequence[Path], shard_bytes: int) -> dict[str, Any]:

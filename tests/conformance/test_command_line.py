@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +16,8 @@ import pytest
 
 from tests.conformance.conftest import Served
 from tests.support import oracle
-from tests.support.fleet import ROOT
+from tests.support.fleet import DEMO_MODEL, ROOT, free_port
+from tests.support.hub_server import HubServer
 
 
 def inferfleet(served: Served, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +77,10 @@ BAD = [
     BadCommand(["up", "--dtype", "int4"], "inferfleet up: --dtype: Input should be 'auto', 'float16', 'bfloat16', 'float32' or 'float64'"),
     BadCommand(["gateway"], "inferfleet gateway: a gateway needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own"),
     BadCommand(["worker"], "inferfleet worker: a worker needs --redis-url or REDIS_URL; `inferfleet up` starts a Redis of its own"),
+    BadCommand(["prepare"], "inferfleet prepare: the following arguments are required: MODEL"),
+    BadCommand(["prepare", "a/b", "c/d"], "inferfleet prepare: unrecognized arguments: c/d"),
+    BadCommand(["prepare", "a/b", "--ouput", "x"], "inferfleet prepare: unknown option --ouput; did you mean --output?"),
+    BadCommand(["prepare", "/no/such/model"], "inferfleet prepare: there is no folder /no/such/model; check MODEL"),
     BadCommand(["chat", "--url", "http://127.0.0.1:9", "hi"], "inferfleet chat: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
     BadCommand(["ctl", "workers", "--url", "http://127.0.0.1:9"], "inferfleet ctl: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
     BadCommand(["ctl", "key", "create"], "inferfleet ctl: key create needs a tenant"),
@@ -109,6 +117,59 @@ def test_missing_model(served: Served, tmp_path: Path) -> None:
     assert last_line(done.stderr).startswith("inferfleet up: ")
     assert str(missing) in last_line(done.stderr)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def damage(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1_000_000)
+
+
+def ask_for_too_much(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+
+
+HOPELESS: list[tuple[Callable[[Path], None], str]] = [
+    (only_pickles, "`inferfleet prepare {}` converts them"),
+    (damage, "{}/model.safetensors is shorter than its header says; download it again"),
+    (ask_for_too_much, "of memory is free; choose a smaller model or --dtype bfloat16, or free memory"),
+]
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(("spoil", "words"), HOPELESS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_hopeless_model_ends_the_fleet(
+    served: Served, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    """What starting again cannot cure is not tried again: one sentence, exit status 2."""
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    spoil(folder)
+    options = ("--port", str(free_port()), "--data-dir", str(tmp_path), "--model-id", str(folder))
+    done = inferfleet(served, "up", *options)
+    assert done.returncode == 2
+    assert last_line(done.stderr).startswith("inferfleet up: ")
+    assert last_line(done.stderr).endswith(words.format(folder))
+    assert "starting it again" not in done.stdout
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_gated_model_ends_the_fleet(served: Served, tmp_path: Path) -> None:
+    with HubServer({"owner/gated": {"config.json": b"{}"}}, gated={"owner/gated"}) as hub:
+        options = ("--port", str(free_port()), "--data-dir", str(tmp_path), "--model-id", "owner/gated")
+        done = inferfleet(served, "up", *options, **hub.environment(str(tmp_path / "cache")))
+        expected = f"owner/gated is gated: accept its terms at {hub.url}/owner/gated and set HF_TOKEN"
+    assert (done.returncode, last_line(done.stderr)) == (2, f"inferfleet up: {expected}")
+    assert "starting it again" not in done.stdout
+
+
+def test_prepare_explains_itself(served: Served) -> None:
+    done = inferfleet(served, "prepare", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: inferfleet prepare [-h] [--revision str] [--output str]")
+    assert "local folder or hub id" in done.stdout
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -239,7 +239,11 @@ def test_a_tokenizer_that_cannot_be_made_is_said(folder: Path, monkeypatch: pyte
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     assert f"no tokenizer.json can be made of the files in {folder} (" in problem(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigurationError, match="needs transformers: `pip install transformers sentencepiece`"):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigurationError, match="needs transformers: `pip install transformers`"):
+        make_tokenizer(folder)
+    (folder / "tokenizer.model").touch()
+    with pytest.raises(ConfigurationError, match="needs transformers and sentencepiece: `pip install transformers sen"):
         make_tokenizer(folder)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from worker.model.config import read_config
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickled_checkpoints_are_refused(folder, name):
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ConfigurationError, match="pickled weights, which are never loaded"):
+    with pytest.raises(ConfigurationError, match="pickled weights, which are never loaded") as caught:
         find_files(folder)
+    assert f"`inferfleet prepare {folder}` converts them" in str(caught.value)
 
 
 def test_a_folder_without_weights_says_so(folder):
@@ -28,6 +30,31 @@ def test_a_folder_without_weights_says_so(folder):
 def test_a_single_file_of_another_name_is_found(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert [path.name for path in find_files(folder)] == ["weights.safetensors"]
+
+
+def test_consolidated_weights_are_left_alone(folder):
+    for name in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    assert [path.name for path in find_files(folder)] == ["model.safetensors"]
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert [path.name for path in find_files(folder)] == ["weights.safetensors"]
+    (folder / "weights.safetensors").rename(folder / "shard.safetensors")
+    index = {"weight_map": {"any": "shard.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in find_files(folder)] == ["shard.safetensors"]
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "shard.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match="weights in their maker's own layout only"):
+        find_files(folder)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00012.safetensors", "model-1-of-2.safetensors"])
+def test_one_of_several_files_is_no_model(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ConfigurationError, match=f"has {name} but neither model.safetensors nor"):
+        find_files(folder)
+    (folder / name).rename(folder / "model-00001-of-00001.safetensors")
+    assert len(find_files(folder)) == 1
 
 
 def test_damaged_files_are_refused(folder):
