@@ -85,8 +85,9 @@ class Checkpoint:
     def skip(self, name: str) -> None:
         self._left.discard(name)
 
-    def finish(self, ignored: Sequence[str] = ()) -> None:
-        left = sorted(name for name in self._left if not name.endswith((*IGNORED_SUFFIXES, *ignored)))
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None:
+        endings, beginnings = (*IGNORED_SUFFIXES, *ignored), tuple(foreign)
+        left = sorted(name for name in self._left if not (name.endswith(endings) or name.startswith(beginnings)))
         self._handles.clear()
         if left:
             raise ConfigurationError(

@@ -37,7 +37,8 @@ tf_legacy_loss use_bfloat16 torchscript pruned_heads
 summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 dropout activation_dropout layerdrop emb_pdrop embed_dropout embedding_dropout resid_dropout residual_dropout
 classifier_dropout hidden_dropout_prob attention_probs_dropout_prob init_std attention_softmax_in_fp32
-scale_attention_softmax_in_fp32
+scale_attention_softmax_in_fp32 router_aux_loss_coef output_router_logits router_jitter_noise input_jitter_noise
+cache_implementation
 """
 """Notes about the file and its training; token ids, which the tokenizer and the generation config decide; and defaults
 that old versions of transformers wrote into every file."""

@@ -42,7 +42,7 @@ class _SizesOnly:
 
     def skip(self, name: str) -> None: ...
 
-    def finish(self, ignored: Sequence[str] = ()) -> None: ...
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _load(spec: Spec, builder: Builder) -> DecoderWeights:
         project_out=builder.matrix("project_out", width, spec.hidden_size) if is_projected else None,
         head=_load_head(spec, builder, embed, width),
     )
-    builder.source.finish(builder.family.ignored)
+    builder.source.finish(builder.family.ignored, builder.family.foreign)
     return weights
 
 
@@ -303,19 +303,22 @@ def _load_qk_norm(spec: Spec, builder: Builder, layer: int) -> NormWeights:
 
 
 def _qk_norm_heads(spec: Spec, builder: Builder, layer: int, kind: str) -> Tensor:
-    """[query heads + key heads, head_dim] of the rank. Stored is one head for all, or every head."""
+    """[query heads + key heads, head_dim] of the rank. Stored is one head for all, every head, or all in a row."""
     dtype = torch.float32 if spec.norm_plus_one else None
     parts = []
     for key, num_heads, heads in (
         ("q_norm", spec.num_heads, builder.shard.heads(spec.num_heads)),
         ("k_norm", spec.num_kv_heads, builder.shard.kv_heads(spec.num_kv_heads)),
     ):
-        if builder.family.has_norm_per_head:
+        if spec.qk_norm is QkNorm.FULL:
             rows = range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
-            vector = builder.fill([Piece(key, Part((num_heads * spec.head_dim,), [rows]), layer)], kind, dtype)
+            part = Part((num_heads * spec.head_dim,), [rows])
+        elif builder.family.has_norm_per_head:
+            part = Part((num_heads, spec.head_dim), [heads], range(spec.head_dim))
         else:
-            vector = builder.vector(key, spec.head_dim, layer, kind, dtype)
-        parts.append(vector.view(-1, spec.head_dim).expand(len(heads), -1))
+            part = Part((spec.head_dim,), [range(spec.head_dim)])
+        stored = builder.fill([Piece(key, part, layer)], kind, dtype)
+        parts.append(stored.view(-1, spec.head_dim).expand(len(heads), -1))
     result = torch.cat(parts)
     if spec.norm_plus_one and kind == "weight":
         result += 1.0

@@ -119,12 +119,12 @@ class TensorSource(Protocol):
     def skip(self, name: str) -> None:
         """Another rank holds this one."""
 
-    def finish(self, ignored: Sequence[str] = ()) -> None:
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None:
         """No more will be asked for.
 
         Raises:
-            ConfigurationError: if tensors are left that nobody asked for and whose names do not end with one of
-                `ignored`.
+            ConfigurationError: if tensors are left that nobody asked for and whose names neither end with one of
+                `ignored` nor begin with one of `foreign`.
         """
 
 
@@ -150,5 +150,5 @@ class DummySource:
     def skip(self, name: str) -> None:
         """Nothing is counted here."""
 
-    def finish(self, ignored: Sequence[str] = ()) -> None:
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None:
         """Every name exists here, so none can be left."""

@@ -11,10 +11,12 @@ from worker.model.families.base import Family
 from worker.model.families.gpt import GPT_FAMILIES
 from worker.model.families.llama import LLAMA_FAMILIES
 from worker.model.families.moe import MOE_FAMILIES
+from worker.model.families.multimodal import MULTIMODAL_FAMILIES
+from worker.model.families.norms import NORMS_FAMILIES
 from worker.model.families.t5 import T5_FAMILIES
 from worker.model.spec import AnySpec
 
-FAMILIES: dict[str, Family] = LLAMA_FAMILIES | MOE_FAMILIES | GPT_FAMILIES
+FAMILIES: dict[str, Family] = LLAMA_FAMILIES | NORMS_FAMILIES | MOE_FAMILIES | MULTIMODAL_FAMILIES | GPT_FAMILIES
 """Decoders; encoder-decoders are beside them."""
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from worker.model.config import ConfigReader
-from worker.model.spec import AnySpec, Rope, Spec
+from worker.model.spec import AnySpec, Rope, RopeKind, Spec
 
 
 class QkvLayout(StrEnum):
@@ -38,6 +38,7 @@ class Family:
     is_interleaved     rope turns neighbours instead of halves
     has_norm_per_head  norms of queries and keys have weights for every head
     ignored            endings of tensors that follow from the config
+    foreign            beginnings of tensors of parts that are not run
     """
 
     build: Callable[[ConfigReader], AnySpec]
@@ -48,6 +49,7 @@ class Family:
     is_interleaved: bool = False
     has_norm_per_head: bool = False
     ignored: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
     def candidates(self, key: str, layer: int, expert: int) -> list[str]:
         """The names that a tensor may have, the usual one first."""
@@ -60,7 +62,7 @@ def decoder(config: ConfigReader, model_type: str, **differences: Any) -> Spec:
     """The fields that most families read alike. `differences` are what the caller knows better."""
     num_heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
     num_layers = config.integer("num_hidden_layers")
-    head_dim = differences.pop("head_dim", None) or config.integer("head_dim", max(hidden_size // num_heads, 1))
+    head_dim = differences.pop("head_dim", None) or size_of_heads(config)
     common: dict[str, Any] = {
         "model_type": model_type,
         "num_layers": num_layers,
@@ -76,13 +78,32 @@ def decoder(config: ConfigReader, model_type: str, **differences: Any) -> Spec:
     }
     # looked up only where the family does not say otherwise, so that keys it has no use for stay unknown
     if "max_positions" not in differences:
-        common["max_positions"] = config.integer("max_position_embeddings")
+        common["max_positions"] = reach(config.integer("max_position_embeddings"), differences.get("ropes", ()))
     if "ffn_size" not in differences:
         common["ffn_size"] = config.integer("intermediate_size")
     spec = Spec(**common | differences)
     if spec.num_heads % spec.num_kv_heads or (any(spec.ropes) and spec.head_dim % 2):
         raise config.error("num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+    _check_factors(config, spec)
     return spec
+
+
+def size_of_heads(config: ConfigReader) -> int:
+    return config.integer("head_dim", max(config.integer("hidden_size") // config.integer("num_attention_heads"), 1))
+
+
+def reach(positions: int, ropes: Iterable[Rope | None]) -> int:
+    """How many positions a model knows whose file says `positions`: files count what a rope is stretched to, except
+    for dynamic, and often yarn."""
+    stretched = [rope for rope in ropes if rope and rope.kind in (RopeKind.DYNAMIC, RopeKind.YARN)]
+    return max([positions, *(int(rope.factor * rope.original_positions) for rope in stretched)])
+
+
+def _check_factors(config: ConfigReader, spec: Spec) -> None:
+    for rope in filter(None, spec.ropes):
+        num_pairs = (rope.rotary_dim or spec.head_dim) // 2
+        if rope.kind is RopeKind.LONGROPE and {len(rope.short_factors), len(rope.long_factors)} != {num_pairs}:
+            raise config.error(f"short_factor and long_factor of longrope must have {num_pairs} numbers each")
 
 
 def everywhere(config: ConfigReader, rope: Rope | None) -> tuple[Rope | None, ...]:
