@@ -119,7 +119,9 @@ def _target(settings: PrepareSettings, source: Path, *, is_local: bool) -> Path:
     if settings.output:
         target = Path(settings.output).expanduser()
     else:
-        target = source if is_local else Path(settings.model.rpartition("/")[2])
+        owner, _, name = settings.model.rpartition("/")
+        # without an owner the folder would have the name of the model, and be taken for it the next time
+        target = source if is_local else Path(name if owner else f"{name}-safetensors")
     if target.exists() and not _is_ours(target, source):
         raise ConfigurationError(f"{target} is there already and holds something else; choose another --output")
     return target
@@ -170,9 +172,9 @@ def _claimed(folder: Path) -> Iterator[BinaryIO]:
             yield notes
         except BaseException:
             if not notes.seek(0, os.SEEK_END):
-                path.unlink()
+                path.unlink(missing_ok=True)
             raise
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

@@ -143,6 +143,13 @@ def test_a_folder_with_something_else_is_not_written_to(folder: Path, tmp_path: 
     assert [path.name for path in other.iterdir()] == ["config.json"]
 
 
+def test_a_model_of_a_hub_goes_to_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model, name in {"owner/model": "model", "model": "model-safetensors"}.items():
+        settings = PrepareSettings(model=model)
+        assert prepare_module._target(settings, tmp_path / "cache", is_local=False) == Path(name)
+
+
 def test_ctrl_c_and_the_same_command_again(folder: Path, _tiny: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(folder, Shown(stop_after=SHARD_BYTES), shard_bytes=SHARD_BYTES)
