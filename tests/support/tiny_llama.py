@@ -18,7 +18,7 @@ YARN_ROPE = dict(
     rope_theta=10000.0,
     factor=4.0,
     original_max_position_embeddings=128,
-    beta_fast=16.0,
+    beta_fast=4.0,
     beta_slow=2.0,
 )
 LONG_ROPE = dict(
