@@ -73,8 +73,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_no_biases": ("OPT", dict(enable_bias=False, activation_function="gelu", tie_word_embeddings=False)),
     "phi": ("Phi", dict(num_key_value_heads=None)),
     "phi_qk_norm": ("Phi", dict(qk_layernorm=True, partial_rotary_factor=0.75, hidden_act="gelu")),
-    "stablelm": ("StableLm", {}),
-    "stablelm_parallel": ("StableLm", dict(use_parallel_residual=True, use_qkv_bias=True)),
     "starcoder2": ("Starcoder2", dict(use_bias=False, sliding_window=None)),
     "starcoder2_window": ("Starcoder2", dict(sliding_window=8, tie_word_embeddings=False)),
 }

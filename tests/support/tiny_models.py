@@ -64,8 +64,11 @@ def build_from(
     config = config_from(prefix, **differences)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().float()
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        deviations = {**deviations, "embedding": TIED_DEVIATION}
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    embedding = TIED_DEVIATION if is_tied else deviations["embedding"]
+    # what a model multiplies its embeddings by would drown its layers
+    scale = config.hidden_size**0.5 if prefix.startswith("Gemma") else getattr(config, "embedding_multiplier", 1.0)
+    deviations = {**deviations, "embedding": embedding / scale}
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _draw(parameter_name, parameter, deviations)

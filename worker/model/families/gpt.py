@@ -249,27 +249,26 @@ def _mpt_attention(config: ConfigReader) -> dict[str, Any]:
     inner.ignore("attn_impl", "attn_pdrop")
     inner.require(attn_type="multihead_attention", alibi=True, alibi_bias_max=8)
     keys = {"scale": "softmax_scale", "clip_qkv": "clip_qkv"}
-    found = {name: inner.number(key) for name, key in keys.items() if inner.get(key) is not None}
-    inner.finish()
-    return found
+    return {name: inner.number(key) for name, key in keys.items() if inner.get(key) is not None}
 
 
 # Rope.
 
 
 def _falcon(config: ConfigReader) -> Spec:
-    config.ignore("rope_parameters", "rope_scaling", "rope_theta")
     config.assume(max_position_embeddings=2048)
     config.rename(n_embed="hidden_size", n_head="num_attention_heads", n_layer="num_hidden_layers")
     config.rename(n_head_kv="num_kv_heads", ffn_hidden_size="intermediate_size", activation="hidden_act")
     config.assume(hidden_act="gelu")
-    head_dim, has_slopes = _head_dim(config), config.flag("alibi")
+    has_slopes = config.flag("alibi")
+    if has_slopes:
+        config.ignore("rope_parameters", "rope_scaling", "rope_theta")
     return gpt_like(
         config,
         config.get("model_type"),
         **_falcon_layers(config),
         bias=config.flag("bias"),
-        alibi_scale=head_dim**-0.5 if has_slopes else None,
+        alibi_scale=_head_dim(config) ** -0.5 if has_slopes else None,
         ropes=everywhere(config, None if has_slopes else config.rope()),
         ffn_size=config.integer("intermediate_size", config.integer("ff_factor", 4) * config.integer("hidden_size")),
     )
@@ -320,22 +319,6 @@ def _phi(config: ConfigReader) -> Spec:
         qk_norm=QkNorm.HEAD if config.flag("qk_layernorm") else QkNorm.NONE,
         ropes=_partial_ropes(config, 0.5),
         head_bias=True,
-    )
-
-
-def _stablelm(config: ConfigReader) -> Spec:
-    config.assume(tie_word_embeddings=False)
-    config.rename(layer_norm_eps="layer_norm_epsilon")
-    config.require(qk_layernorm=False)
-    return gpt_like(
-        config,
-        "stablelm",
-        residual=Residual.PARALLEL if config.flag("use_parallel_residual") else Residual.SEQUENTIAL,
-        num_kv_heads=config.integer("num_key_value_heads", config.integer("num_attention_heads")),
-        ropes=_partial_ropes(config, 0.25),
-        bias=False,
-        qkv_bias=config.flag("use_qkv_bias"),
-        is_gated=True,
     )
 
 
@@ -413,6 +396,5 @@ GPT_FAMILIES: dict[str, Family] = {
     "phi": Family(build=_phi, names=PHI_NAMES),
     "RefinedWeb": FALCON,
     "RefinedWebModel": FALCON,
-    "stablelm": Family(build=_stablelm, names=LLAMA_NAMES),
     "starcoder2": Family(build=_starcoder2, names=STARCODER2_NAMES),
 }
