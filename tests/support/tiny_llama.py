@@ -129,3 +129,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_window": ("Qwen3Moe", dict(use_sliding_window=True, sliding_window=8, **EXPERTS)),
     "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2)),
 }
+
+SPLIT_LIKE_OTHERS = {
+    *("llama_linear_tied", "llama_yarn", "llama_yarn_untruncated", "mistral_no_window", "ministral"),
+    *("qwen2_late_window", "phi3_longrope_short", "phi3_longrope_long", "smollm3", "smollm3_window", "seed_oss"),
+    *("internlm3", "stablelm_parallel", "glm", "cohere2", "exaone4_no_window", "qwen2_moe_window", "qwen3_moe_window"),
+}
+"""Cases that ranks divide as they divide another one; only ropes, windows and switches differ."""
