@@ -180,9 +180,8 @@ class ConfigReader:
     def _rotary_dim(self, head_dim: int, share: float) -> int | None:
         rotary_dim = int(head_dim * share)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-            raise self.error(
-                f"partial_rotary_factor {share} of {head_dim} must be an even number of elements of a head"
-            )
+            name = self._own_name("partial_rotary_factor")
+            raise self.error(f"{name} {share} of {head_dim} must be an even number of elements of a head")
         return rotary_dim if rotary_dim < head_dim else None
 
     def rope_kind(self) -> RopeKind:
