@@ -27,12 +27,13 @@ def load_decoder(
     spec: Spec | None = None,
     attention: Attention | None = None,
     group: Group | None = None,
+    max_length: int | None = None,
 ) -> Decoder:
     """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says."""
     read, family = read_spec(read_config(folder))
     group = group or Alone()
     weights = load_weights(spec or read, family, Checkpoint(folder), dtype, group.shard)
-    return Decoder(spec or read, weights, attention or CpuAttention(), group)
+    return Decoder(spec or read, weights, attention or CpuAttention(), group, max_length)
 
 
 @torch.inference_mode()
