@@ -46,6 +46,7 @@ def _gemma(config: ConfigReader) -> Spec:
 
 def _gemma2(config: ConfigReader) -> Spec:
     config.assume(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    config.ignore("sliding_window_size")
     kinds = layer_kinds(config, every(2))
     return _sandwich_gemma(config, "gemma2", windows=windows_of(config, kinds, config.get("sliding_window", 4096)))
 
@@ -137,7 +138,8 @@ def _olmo2(config: ConfigReader) -> Spec:
 
 
 def _olmo3(config: ConfigReader) -> Spec:
-    kinds, ropes = layer_kinds(config, every(4)), config.ropes_by_kind(500_000.0, 500_000.0)
+    theta = config.number("rope_theta", 500_000.0)
+    kinds, ropes = layer_kinds(config, every(4)), config.ropes_by_kind(theta, theta)
     windows = windows_of(config, kinds, config.get("sliding_window", 4096))
     return _olmo_like(config, "olmo3", windows=windows, ropes=tuple(ropes[kind] for kind in kinds))
 
