@@ -64,8 +64,7 @@ class PlanMemory:
     def write(self, data: bytes) -> bool:
         """Count a plan, and put it into its slot; False if it is too large for that, or a reader is too far behind."""
         number, self._num_written = self._num_written, self._num_written + 1
-        is_free = number < NUM_SLOTS or int(self._num_copied.min()) > number - NUM_SLOTS
-        if len(data) > SLOT_BYTES or not is_free:
+        if len(data) > SLOT_BYTES or not self._is_free(number):
             return False
         start = self._start_of(number)
         self._memory[start : start + len(data)] = data
@@ -87,6 +86,10 @@ class PlanMemory:
     def skip(self, reader: int) -> None:
         """Count a plan that came another way."""
         self._num_copied[reader] += 1
+
+    def _is_free(self, number: int) -> bool:
+        """Whether everybody has copied what the slot of plan `number` held before."""
+        return int(self._num_copied.min()) > number - NUM_SLOTS
 
     def _start_of(self, number: int) -> int:
         return self._first_slot + number % NUM_SLOTS * SLOT_BYTES

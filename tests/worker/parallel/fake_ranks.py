@@ -2,12 +2,13 @@
 
 `python -m tests.worker.parallel.fake_ranks MODE --fd N --settings JSON` is rank 0, as the agent starts it; with
 `--rank` one of those that rank 0 starts; with a node rank in the settings the leader of that node. MODE says what goes
-wrong, which it does on rank 1 unless it says another.
+wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -25,8 +26,11 @@ from worker.engine.device import Device, StepPlan
 from worker.parallel import node, rank_process
 from worker.parallel.group import Group, Meeting
 from worker.parallel.loading import OnProgress
+from worker.parallel.local_ranks import LocalRanks
+from worker.parallel.plan_codec import decode_plan
 from worker.parallel.rank_process import RankOptions
 from worker.pipe import Ready
+from worker.process import PR_SET_PDEATHSIG
 
 LIMITS = limits(max_total_tokens=120, num_blocks=40)
 THIS = (sys.executable, "-m", "tests.worker.parallel.fake_ranks")
@@ -57,6 +61,7 @@ class CollectiveDevice(WatchingDevice):
     def sample(self, plan: StepPlan) -> Staged:
         import torch
 
+        say(f"rank {self._rank} adds {plan.step}")
         total = self._group.all_reduce(torch.full((1000,), float(plan.step)))
         assert total.eq(plan.step * self._group.shard.size).all()
         return super().sample(plan)
@@ -84,14 +89,21 @@ def load(mode: str, settings: WorkerSettings, on_progress: OnProgress, meeting: 
     rank = meeting.shard.rank
     say(f"rank {rank} is {os.getpid()}")
     on_progress("weights", 0, 10 + rank)
-    if mode == "refuses" and rank == 1:
+    if (mode, rank) in (("refuses", 1), ("refuses on 3", 3)):
         raise ConfigurationError(SENTENCE)
     if mode == "hangs while loading" and rank == 2:
         hang()
+    if mode == "collective hangs" and rank == 2:
+        # nothing but its own watch over the leader's socket can end it now
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
     group = _join(meeting) if mode.startswith("collective") or mode == "refuses" else None
     on_progress("weights", 10 + rank, 10 + rank)
-    faults = {"breaks": fall_over, "collective breaks": fall_over, "hangs": hang, "collective hangs": hang}
-    fault = faults.get(mode, nothing) if rank == 1 else nothing
+    faults = {
+        ("breaks on 0", 0): fall_over,
+        ("collective breaks", 1): fall_over,
+        ("collective hangs", 1): hang,
+    }
+    fault = faults.get((mode, rank), nothing)
     device = WatchingDevice(rank, fault) if group is None else CollectiveDevice(rank, fault, group)
     return device, ready(settings, "other" if mode == "differs" and rank == 1 else "fake")
 
@@ -119,6 +131,25 @@ def ready(settings: WorkerSettings, digest: str) -> Ready:
     )
 
 
+def lead_node(settings: WorkerSettings, mode: str) -> int:
+    """As `inferfleet worker` does it."""
+    try:
+        return node.serve_node(settings, (*THIS, mode))
+    except ConfigurationError as error:
+        say(str(error))
+        return 2
+
+
+def losing_step_5(publish: Callable[[LocalRanks, bytes], None]) -> Callable[[LocalRanks, bytes], None]:
+    """Wrong on purpose: the others never hear of one step."""
+
+    def publish_some(ranks: LocalRanks, data: bytes) -> None:
+        if decode_plan(data).step != 5:
+            publish(ranks, data)
+
+    return publish_some
+
+
 def main(mode: str, arguments: list[str]) -> int:
     if "--rank" in arguments:
         return rank_process.serve_rank(RankOptions.parse(arguments), partial(load, mode))
@@ -128,7 +159,9 @@ def main(mode: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     settings = WorkerSettings(**json.loads(options.settings))
     if settings.node_rank:
-        return node.serve_node(settings, (*THIS, mode))
+        return lead_node(settings, mode)
+    if mode == "loses a plan":
+        LocalRanks.publish = losing_step_5(LocalRanks.publish)  # type: ignore[method-assign]
     connection = socket.socket(fileno=options.fd)
     return engine_process.serve(connection, settings, partial(load, mode), (*THIS, mode))
 
