@@ -32,7 +32,7 @@ def _text_of(model_type: str, inner: Family, text_type: str, **assumed: Any) -> 
 
 def _names_inside(name: str) -> tuple[str, ...]:
     """Older files have the whole text model behind a prefix, newer ones its body inside of `model`."""
-    return f"language_model.{name}", f"model.language_model.{name.removeprefix('model.')}", name
+    return f"language_model.{name}", name.replace("model.", "model.language_model.", 1)
 
 
 MULTIMODAL_FAMILIES: dict[str, Family] = {
