@@ -123,6 +123,8 @@ def test_configs_of_the_hub_are_understood(name):
         (hub.GPTJ_6B, "rotary_dim", 512),
         (hub.GPT_NEO_125M, "attention_types", [[["global", "local"], 5]]),
         (hub.GPT_NEO_125M, "attention_types", [[["global", "far"], 6]]),
+        (hub.GPT_NEO_125M, "attention_types", [[["global"], 10**12]]),
+        (hub.GPT_NEO_125M, "attention_types", [[[["local"]], 12]]),
         (hub.GPT_NEO_125M, "attention_types", 3),
         (hub.GPT_NEO_125M, "attention_types", [["global", 2, 3]]),
         (hub.GPT_NEOX_20B, "rotary_pct", 0.27),

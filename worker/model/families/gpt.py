@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 from worker.model.config import ConfigReader
-from worker.model.families.base import Family, QkvLayout, decoder, everywhere, same_window
+from worker.model.families.base import Family, QkvLayout, decoder, everywhere, same_window, size_of_heads
 from worker.model.families.llama import LLAMA_NAMES
 from worker.model.spec import Activation, Norm, QkNorm, Residual, Rope, Spec
 
@@ -150,8 +149,9 @@ def _gpt_bigcode(config: ConfigReader) -> Spec:
     config.ignore("inference_runner", "validate_runner_input", "pre_allocate_kv_cache", "pad_key_length")
     config.ignore("num_key_value_heads")
     config.assume(activation_function="gelu_pytorch_tanh")
-    is_shared = config.flag("multi_query", True)
-    return _gpt2_like(config, "gpt_bigcode", **({"num_kv_heads": 1} if is_shared else {}))
+    config.rename(**GPT2_KEYS)
+    num_kv_heads = 1 if config.flag("multi_query", True) else config.integer("num_attention_heads")
+    return _gpt2_like(config, "gpt_bigcode", num_kv_heads=num_kv_heads)
 
 
 def _gpt2_like(config: ConfigReader, model_type: str, **differences: Any) -> Spec:
@@ -181,10 +181,11 @@ def _alternating_windows(config: ConfigReader) -> tuple[int | None, ...]:
     """GPT-Neo's rule: `attention_types` has pairs of a pattern and how often it comes, global or local by layer."""
     full, given = same_window(config, config.integer("window_size", 256)), config.get("attention_types")
     try:
-        kinds = list(chain.from_iterable(list(pattern) * times for pattern, times in given))
+        # one more than right is as wrong as any other number
+        kinds = [kind for pattern, times in given for kind in list(pattern) * min(times, len(full) + 1)]
     except (TypeError, ValueError):
         kinds = []
-    if len(kinds) != len(full) or not set(kinds) <= {"global", "local"}:
+    if len(kinds) != len(full) or not all(kind in ("global", "local") for kind in kinds):
         raise config.error('attention_types must give global or local once per layer, as in [[["global"], 24]]')
     return tuple(window if kind == "local" else None for kind, window in zip(kinds, full, strict=True))
 
@@ -268,7 +269,7 @@ def _falcon(config: ConfigReader) -> Spec:
         config.get("model_type"),
         **_falcon_layers(config),
         bias=config.flag("bias"),
-        alibi_scale=_head_dim(config) ** -0.5 if has_slopes else None,
+        alibi_scale=size_of_heads(config) ** -0.5 if has_slopes else None,
         ropes=everywhere(config, None if has_slopes else config.rope()),
         ffn_size=config.integer("intermediate_size", config.integer("ff_factor", 4) * config.integer("hidden_size")),
     )
@@ -341,7 +342,7 @@ def _gptj(config: ConfigReader) -> Spec:
     config.assume(activation_function="gelu_new", tie_word_embeddings=False, rotary_dim=64)
     config.rename(**GPT2_KEYS)
     config.require(rotary=True, scale_attn_weights=True)
-    rotary_dim, head_dim = config.integer("rotary_dim"), _head_dim(config)
+    rotary_dim, head_dim = config.integer("rotary_dim"), size_of_heads(config)
     if rotary_dim % 2 or rotary_dim > head_dim:
         raise config.error(f"rotary_dim must be an even number up to {head_dim}, the size of a head")
     return gpt_like(
@@ -357,11 +358,7 @@ def _gptj(config: ConfigReader) -> Spec:
 
 
 def _partial_ropes(config: ConfigReader, default_share: float) -> tuple[Rope | None, ...]:
-    return everywhere(config, config.rope(head_dim=_head_dim(config), default_share=default_share))
-
-
-def _head_dim(config: ConfigReader) -> int:
-    return config.integer("hidden_size") // config.integer("num_attention_heads")
+    return everywhere(config, config.rope(head_dim=size_of_heads(config), default_share=default_share))
 
 
 def _four_fold(config: ConfigReader) -> int:
