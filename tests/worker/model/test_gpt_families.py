@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
+import torch
 
 from common.errors import ConfigurationError
 from tests.worker.model import hub_configs as hub
 from worker.model.families import read_spec
+from worker.model.loading import weight_bytes
 from worker.model.spec import Activation, Norm, Residual, Rope, Spec
+from worker.model.weights import DummySource
 
 
 def spec(config, **differences) -> Spec:
@@ -97,6 +101,37 @@ def test_configs_of_the_hub_are_understood(name):
         expected["ropes"] = (expected.pop("rope"),) * found.num_layers
     sizes = dict(zip(LAYER_SIZES, expected.pop("sizes"), strict=True))
     assert {key: getattr(found, key) for key in sizes | expected} == sizes | expected
+
+
+BILLIONS = {
+    "gpt2": 0.124,
+    "starcoder": 15.5,
+    "starcoder2": 3.0,
+    "bloom": 176.0,
+    "bloom-560m": 0.56,
+    "falcon-7b": 7.0,
+    "falcon-40b": 40.0,
+    "falcon-11b": 11.0,
+    "falcon-rw-1b": 1.3,
+    "gpt-neox-20b": 20.0,
+    "pythia-70m": 0.07,
+    "gpt-j-6b": 6.0,
+    "gpt-neo-125m": 0.125,
+    "opt-350m": 0.33,
+    "mpt-7b": 6.7,
+    "phi-2": 2.7,
+}
+"""Parameters as the makers round them."""
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_well_known_models_have_as_many_parameters_as_their_makers_say(name):
+    found, family = read_spec(CASES[name][0])
+    source = DummySource(is_tied=found.is_tied, head_name=family.candidates("head", 0, 0)[0])
+    num_parameters = weight_bytes(found, family, source, torch.bfloat16) / 2
+    assert num_parameters == pytest.approx(BILLIONS[name] * 1e9, rel=0.04)
+    half = replace(found, num_layers=found.num_layers // 2)
+    assert weight_bytes(half, family, source, torch.bfloat16) / 2 < 0.9 * num_parameters
 
 
 @pytest.mark.parametrize(
