@@ -221,8 +221,14 @@ class WorkerSettings(CommonSettings):
     kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
     speculate: int = option(0, "length of speculated n-grams", "speculate")
     lora_adapters: Names = option([], "adapters as name=path", "lora_adapters")
-    rope_scaling: str | None = option(None, "overrides the rope scaling of the config", "rope_scaling")
-    rope_factor: float | None = option(None, "overrides the rope factor of the config", "rope_factor")
+    rope_scaling: Literal["linear", "dynamic"] | None = option(
+        None,
+        "how rope is stretched, whatever the config says; linear where only --rope-factor is given",
+        "rope_scaling",
+    )
+    rope_factor: Annotated[float, Field(ge=1)] | None = option(
+        None, "how many times longer requests may get by that; 1 where only --rope-scaling is given", "rope_factor"
+    )
     enable_prefill_logprobs: bool = option(False, "logprobs of the prompt", "enable_prefill_logprobs")
     trust_remote_code: bool = option(False, "accepted, but code from a checkpoint is never run", "trust_remote_code")
     max_input_tokens: PositiveInt | None = option(None, "longest prompt", "max_input_tokens", "max_input_length")
@@ -261,8 +267,6 @@ class WorkerSettings(CommonSettings):
         "speculate",
         "lora_adapters",
         "quantize",
-        "rope_scaling",
-        "rope_factor",
         "enable_prefill_logprobs",
         "kv_cache_dtype",
     )

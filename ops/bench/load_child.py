@@ -15,6 +15,7 @@ from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.families import read_spec
 from worker.model.loading import load_weights
+from worker.model.spec import Spec
 from worker.model.weights import Part
 from worker.parallel.shard import Shard
 from worker.runner.load import load_device
@@ -57,7 +58,7 @@ class InMemory:
 
     def skip(self, name: str) -> None: ...
 
-    def finish(self, ignored: Sequence[str] = ()) -> None: ...
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
 
 def prepare(folder: Path, what: str, rank: int, num_shards: int) -> Work:
@@ -66,6 +67,7 @@ def prepare(folder: Path, what: str, rank: int, num_shards: int) -> Work:
     if what == "pack":
         spec, family = read_spec(read_config(folder))
         source = InMemory(folder)
+        assert isinstance(spec, Spec)
         return lambda: load_weights(spec, family, source, torch.bfloat16)
     settings = WorkerSettings(model_id=str(folder), kv_tokens=KV_TOKENS, max_total_tokens=KV_TOKENS // 2, threads=1)
 

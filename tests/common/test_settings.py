@@ -119,6 +119,8 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
         (["--quantize", "gptq"], "--quantize: is not available in this version"),
         (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
+        (["--rope-scaling", "yarn"], "--rope-scaling: Input should be 'linear' or 'dynamic'"),
+        (["--rope-factor", "0.5"], "--rope-factor: Input should be greater than or equal to 1"),
         (["--workers", "-1"], "--workers: Input should be greater than or equal to 0"),
         (["--log-level", "loud"], "--log-level: Input should be 'debug', 'info', 'warning' or 'error'"),
         (["stray"], "unrecognized arguments: stray"),

@@ -265,6 +265,25 @@ def _yarn_amplitude(factor: float, mscale: float) -> float:
     return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
 
 
+def stretch_rope(config: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
+    """A parsed config whose rope is stretched in another way than it says, if at all.
+
+    Raises:
+        ConfigurationError: if its layers turn in several ways.
+    """
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": stretch_rope(config["text_config"], kind, factor)}
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise ConfigurationError("--rope-scaling and --rope-factor need a model with the same rope in all its layers")
+    kept = {name: found[name] for name in ("rope_theta", "partial_rotary_factor") if name in found}
+    changed = {**config, "rope_parameters": None, "rope_scaling": kept | {"rope_type": kind, "factor": factor}}
+    positions = config.get("max_position_embeddings")
+    if kind == RopeKind.LINEAR and isinstance(positions, int):
+        changed["max_position_embeddings"] = int(positions * factor)
+    return changed
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model folder.
 

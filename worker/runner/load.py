@@ -17,7 +17,7 @@ from worker.attention.cpu import CpuAttention
 from worker.attention.reference import ReferenceAttention
 from worker.engine.device import fitting_total_tokens
 from worker.model.checkpoint import Checkpoint, weights_digest
-from worker.model.config import read_config
+from worker.model.config import read_config, stretch_rope
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.families.base import Family
@@ -60,7 +60,7 @@ def load_device(
     reasons: list[str] = []
     torch.set_num_threads(settings.threads or _num_cores())
     folder = Path(settings.model_id)
-    config = read_config(folder)
+    config = _config(settings, folder)
     spec, family = read_spec(config)
     check_shards(spec, group.shard.size)
     source, digest, stored = _open(settings, folder, config, spec, family)
@@ -70,6 +70,18 @@ def load_device(
     limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), reasons)
     device = _device(model, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
+
+
+def _config(settings: WorkerSettings, folder: Path) -> dict[str, Any]:
+    """What config.json says, except for what the options say of rope."""
+    config, kind = read_config(folder), settings.rope_scaling or "linear"
+    if settings.rope_scaling is None and settings.rope_factor is None:
+        return config
+    stretched = stretch_rope(config, kind, settings.rope_factor or 1.0)
+    spec, _ = read_spec(stretched)
+    if not any(rope and rope.kind == kind for rope in getattr(spec, "ropes", ())):
+        raise ConfigurationError(f"{spec.model_type} has no rope that --rope-scaling and --rope-factor could stretch")
+    return stretched
 
 
 def check_shards(spec: AnySpec, num_shards: int) -> None:
@@ -145,7 +157,8 @@ def _load(
     if isinstance(spec, T5Spec):
         return T5(spec, load_t5_weights(spec, family, source, dtype, group.shard, report), attention, group)
     weights = load_weights(spec, family, source, dtype, group.shard, report)
-    return Decoder(spec, weights, attention, group, settings.max_total_tokens or spec.max_positions)
+    longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
+    return Decoder(spec, weights, attention, group, longest)
 
 
 def choose_limits(settings: WorkerSettings, spec: AnySpec, bytes_per_token: int, reasons: list[str]) -> Limits:

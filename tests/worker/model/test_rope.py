@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from common.errors import ConfigurationError
 from tests.support import tiny_models
 from tests.support.paged import load_decoder, paged_logits, relative_error
+from worker.model.config import stretch_rope
 from worker.model.families import read_spec
 from worker.model.rope import inverse_frequencies
 from worker.model.spec import Rope, Spec
@@ -144,6 +145,37 @@ def test_two_forms_in_one_file_are_refused():
         read_spec(values | dict(rope_scaling=dict(type="linear", factor=2.0)))
     with pytest.raises(ConfigurationError, match="must be an object"):
         read_spec(values | dict(rope_parameters="linear"))
+
+
+# What the command line says.
+
+
+@pytest.mark.parametrize(("kind", "factor", "positions"), [("linear", 2.5, 10240), ("dynamic", 3.0, 4096)])
+@pytest.mark.parametrize("name", ["llama3", "yarn", "longrope"])
+def test_options_replace_what_a_file_says(name, kind, factor, positions):
+    values = config_of(name).to_dict()
+    found, rope = spec_and_rope(stretch_rope(values, kind, factor))
+    before = spec_and_rope(values)[1]
+    assert (rope.kind, rope.factor, rope.theta, rope.rotary_dim) == (kind, factor, before.theta, before.rotary_dim)
+    assert found.max_positions == (positions if kind == "linear" else 3 * positions)
+    asked_for = dict(rope_type=kind, rope_theta=before.theta, factor=factor)
+    if name != "longrope":
+        assert (found, rope) == spec_and_rope(
+            values | dict(max_position_embeddings=positions, rope_parameters=asked_for)
+        )
+
+
+def test_options_reach_the_text_of_models_that_see():
+    inner = dict(rope_theta=5.0, max_position_embeddings=64)
+    stretched = stretch_rope(dict(text_config=inner), "linear", 2.0)
+    assert stretched["text_config"]["rope_scaling"] == dict(rope_type="linear", factor=2.0)
+    assert stretched["text_config"]["max_position_embeddings"] == 128
+
+
+def test_ropes_by_kind_of_layer_have_no_options():
+    values = tiny_models.config_of("gemma3").to_dict()
+    with pytest.raises(ConfigurationError, match="--rope-scaling and --rope-factor need"):
+        stretch_rope(values, "linear", 2.0)
 
 
 # Kinds that depend on a length take one for all sequences.

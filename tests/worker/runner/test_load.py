@@ -64,6 +64,20 @@ def test_the_model_knows_no_more_positions_than_it_does(load):
     assert any("no more positions" in reason for reason in ready.reasons)
 
 
+def test_a_rope_stretched_by_option_reaches_further_and_is_another_model(load):
+    _, plain = load(max_total_tokens=1000)
+    _, linear = load(max_total_tokens=1000, rope_factor=2.0)
+    _, dynamic = load(max_total_tokens=1000, rope_scaling="dynamic", rope_factor=2.0)
+    assert [ready.max_total_tokens for ready in (plain, linear, dynamic)] == [512, 1000, 1000]
+    # jobs must not move between workers that turn differently
+    assert len({ready.weights_digest for ready in (plain, linear, dynamic)}) == 3
+
+
+@pytest.mark.parametrize("name", ["falcon_rw", "bloom"])
+def test_a_rope_that_is_not_there_cannot_be_stretched(load, name):
+    assert "rope" in refusal(load, name=name, rope_factor=2.0)
+
+
 def test_contradicting_limits_are_refused(load):
     text = refusal(load, max_total_tokens=100, max_input_tokens=100)
     assert "--max-input-tokens 100 must be smaller than --max-total-tokens 100" in text
