@@ -27,7 +27,7 @@ from worker.engine.device import Device
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
-from worker.parallel.group import Meeting
+from worker.parallel.group import Meeting, RankLost
 from worker.parallel.leader import Leader
 from worker.parallel.loading import LoadDevice, load_torch_device
 from worker.parallel.local_ranks import REAL_RANK
@@ -95,10 +95,12 @@ def _serve_as_rank_0(
         _run(leader.lead(own, ready), ready, settings, inbox, send)
     except (BrokenPipeError, ConnectionResetError):
         raise
+    except RankLost as error:
+        leader.fail_later(sentence_of(error))
     except Exception as error:
         # Nor must the other ranks wait for this one in a collective.
         logger.exception("rank 0 cannot go on")
-        leader.fail(error)
+        leader.fail(sentence_of(error))
     finally:
         leader.stop()
 

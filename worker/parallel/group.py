@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LAST_WORDS_S = 5.0
+"""How long a process that lost a rank waits to hear why, before it says just that."""
+
+
 class RankLost(InferfleetError):
     """Another rank is gone. Nobody can go on, and whoever started that rank knows why."""
 

@@ -26,18 +26,15 @@ from common.errors import ConfigurationError, WireError
 from common.settings import WorkerSettings
 from worker.engine.device import Device
 from worker.parallel.device import ParallelDevice
-from worker.parallel.group import Meeting, RankLost
+from worker.parallel.group import LAST_WORDS_S, Meeting, RankLost
 from worker.parallel.local_ranks import REAL_RANK, LocalRanks
 from worker.parallel.plans import send_plan, send_stop
 from worker.parallel.rendezvous import gather_nodes, host_and_port, listen, welcome
 from worker.parallel.reports import read_report
 from worker.parallel.shard import Shard
 from worker.pipe import Failed, Message, Progress, Ready
-from worker.process import sentence_of
 
 LOCAL_HOST = "127.0.0.1"
-LAST_WORDS_S = 5.0
-"""How long a process that lost a rank waits to hear why, before it says just that."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +109,14 @@ class Leader:
                 send_stop(connection)
         self._local.stop()
 
-    def fail(self, error: Exception) -> NoReturn:
-        """Rank 0 cannot go on. Where it only lost another rank, whoever knows why may speak first."""
-        if isinstance(error, RankLost):
-            time.sleep(LAST_WORDS_S)
-        self._end(sentence_of(error))
+    def fail(self, sentence: str) -> NoReturn:
+        """End this process, and with it the others. Only the first who comes here is heard."""
+        self._end(sentence, is_final=True)
+
+    def fail_later(self, sentence: str) -> NoReturn:
+        """As `fail` where rank 0 only lost another rank: whoever knows why may speak first."""
+        time.sleep(LAST_WORDS_S)
+        self.fail(sentence)
 
     def _publish(self, data: bytes) -> None:
         for connection in self._nodes.values():
@@ -137,7 +137,7 @@ class Leader:
 
     def _on_report(self, rank: int, message: Message) -> None:
         if isinstance(message, Failed):
-            self._end(message.message)
+            self.fail(message.message)
         with self._news:
             if isinstance(message, Ready):
                 self._ready[rank] = message
@@ -149,8 +149,7 @@ class Leader:
         """A rank is gone without a word. While it loads that may be an accident, so that the agent tries again."""
         self._end(sentence, is_final=self._is_serving)
 
-    def _end(self, sentence: str, *, is_final: bool = True) -> NoReturn:
-        """End this process, and with it the others. Only the first who comes here is heard."""
+    def _end(self, sentence: str, *, is_final: bool) -> NoReturn:
         self._last_words.acquire()
         logger.error("%s", sentence)
         if is_final:

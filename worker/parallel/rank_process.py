@@ -23,16 +23,13 @@ from common.errors import ConfigurationError
 from common.settings import WorkerSettings
 from common.telemetry import set_up_logging
 from worker.parallel.device import obey
-from worker.parallel.group import Meeting, RankLost
+from worker.parallel.group import LAST_WORDS_S, Meeting, RankLost
 from worker.parallel.loading import LoadDevice, load_torch_device
 from worker.parallel.plans import PlanMemory, PlanReader
 from worker.parallel.reports import Reporter
 from worker.parallel.shard import Shard
 from worker.pipe import Failed, Progress
 from worker.process import die_with_parent, keep_pauses_short, leave_signals_to_parent, sentence_of
-
-LAST_WORDS_S = 5.0
-"""How long a rank that lost another one waits for the process that knows why to end it."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +82,7 @@ def serve_rank(options: RankOptions, load: LoadDevice) -> int:
     except Exception as error:
         # Whatever it is, the leader must hear of it, or the other ranks would wait for this one in a collective.
         if isinstance(error, RankLost):
+            # the process that knows why ends this one, unless nobody does
             time.sleep(LAST_WORDS_S)
         logger.exception("rank %d cannot go on", rank)
         with suppress(OSError):
