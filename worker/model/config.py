@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from common.errors import ConfigurationError
 from worker.model.spec import Activation, Rope, RopeKind
@@ -83,7 +83,7 @@ class ConfigReader:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not _is_positive(value):
             raise self.error(f"{self._own_name(name)} must be a positive number, not {value!r}")
         return float(value)
 
@@ -236,7 +236,7 @@ class ConfigReader:
 
     def _factors(self, name: str) -> tuple[float, ...]:
         values = self.get(name)
-        if not isinstance(values, list) or not all(type(value) in (int, float) and value > 0 for value in values):
+        if not isinstance(values, list) or not all(map(_is_positive, values)):
             raise self.error(f"{name} must be a list of positive numbers, not {values!r:.60}")
         return tuple(float(value) for value in values)
 
@@ -259,6 +259,10 @@ class ConfigReader:
     def _matters(self, name: str) -> bool:
         value = self._values[name]
         return name not in HARMLESS and bool(value) and value != NEUTRAL.get(name)
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _yarn_amplitude(factor: float, mscale: float) -> float:

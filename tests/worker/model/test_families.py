@@ -99,6 +99,8 @@ def test_every_family_has_a_tiny_model():
         ("vocab_size", 3.5),
         ("num_attention_heads", True),
         ("rms_norm_eps", -1),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", float("inf")),
         ("attention_bias", "yes"),
         ("hidden_act", "swiglu9"),
         ("num_key_value_heads", 3),
