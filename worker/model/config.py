@@ -145,13 +145,20 @@ class ConfigReader:
         that turns.
         """
         theta = self.number("rope_theta", default_theta)
-        # a file with both leaves rope_parameters over, and is refused
-        inner = self.section("rope_scaling" if self._values.get("rope_scaling") else "rope_parameters")
+        inner = self._rope_section()
         rotary_dim = None
         if head_dim is not None:
             share = inner.number("partial_rotary_factor", self.number("partial_rotary_factor", default_share))
             rotary_dim = self._rotary_dim(head_dim, share)
         return self._rope(inner, theta, rotary_dim)
+
+    def _rope_section(self) -> ConfigReader:
+        """Of files that say it twice either one; where the two differ, one is left over, and refused."""
+        old, new = self.section("rope_scaling"), self.section("rope_parameters")
+        if not old._values.items() <= new._values.items():
+            return old
+        old.ignore(*old._values)
+        return new
 
     def ropes_by_kind(self, full_theta: float, sliding_theta: float) -> dict[str, Rope]:
         """Ropes by kind of layer, of models whose layers with a window turn differently.

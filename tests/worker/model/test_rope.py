@@ -139,8 +139,10 @@ def test_wrong_numbers_are_named(name, change, part):
         read_spec(values)
 
 
-def test_two_forms_in_one_file_are_refused():
+def test_two_forms_in_one_file_must_agree():
     values = config_of("linear").to_dict()
+    twice = values | dict(rope_scaling=dict(rope_type="linear", factor=2.5))
+    assert spec_and_rope(twice) == spec_and_rope(values)
     with pytest.raises(ConfigurationError, match="rope_parameters"):
         read_spec(values | dict(rope_scaling=dict(type="linear", factor=2.0)))
     with pytest.raises(ConfigurationError, match="must be an object"):
