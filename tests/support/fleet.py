@@ -45,6 +45,12 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes that `pid` started and that have not ended."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
 @dataclass
 class FleetProcess:
     """One gateway or worker; its output goes to `log`."""
@@ -86,6 +92,12 @@ class FleetProcess:
         self.signal(signal.SIGKILL)
         assert self.process is not None
         self.process.wait()
+
+    @property
+    def engine_pid(self) -> int:
+        """Of a worker: the process that computes."""
+        (pid,) = children_of(self.pid)
+        return pid
 
     def stop(self, timeout_s: float = 15.0) -> None:
         if self.process is None or self.process.poll() is not None:
