@@ -75,8 +75,11 @@ class LocalRanks:
             stream = self._connections[index].makefile("rb")
             while (report := read_report(stream)) is not None:
                 self._on_report(rank, report[1])
-        except (OSError, WireError) as error:
+        except WireError as error:
             garbage = f" after {error}"
+        except OSError:
+            # it went with announcements unread
+            pass
         if not self._is_stopping:
             self._on_end(f"rank {rank} {ending_of(self._reap(self._processes[index]))}{garbage}")
 
@@ -104,9 +107,17 @@ class LocalRanks:
                 send_stop(connection)
         for process in self._processes:
             self._reap(process)
+        self._close()
 
     def kill(self) -> None:
         self._is_stopping = True
         for process in self._processes:
             process.kill()
             process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        if self._memory is not None:
+            self._memory.close()

@@ -46,9 +46,10 @@ def serve_node(settings: WorkerSettings, rank_command: Sequence[str] = REAL_RANK
     while True:
         connection, port = come_to_node_0(settings)
         logger.info("node %d is part of the model of node 0", settings.node_rank)
-        life = NodeLeader(settings, connection, port, rank_command)
-        if life.run():
-            return 0
+        with connection:
+            life = NodeLeader(settings, connection, port, rank_command)
+            if life.run():
+                return 0
         was_ever_ready |= life.is_ready
         if life.misfit and not was_ever_ready:
             raise ConfigurationError(life.misfit)

@@ -45,7 +45,7 @@ class Way(IntEnum):
 
 
 class PlanMemory:
-    """The memory that one writer and some readers share. It lives as long as somebody has `fd` open."""
+    """The memory that one writer and some readers share. It is gone when nobody has it any more."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -60,6 +60,10 @@ class PlanMemory:
         fd = _anonymous_file()
         os.truncate(fd, num_readers * CELL_BYTES + NUM_SLOTS * SLOT_BYTES)
         return cls(fd)
+
+    def close(self) -> None:
+        """Nobody else can be given `fd` any more."""
+        os.close(self.fd)
 
     def write(self, data: bytes) -> bool:
         """Count a plan, and put it into its slot; False if it is too large for that, or a reader is too far behind."""

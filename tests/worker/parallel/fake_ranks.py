@@ -23,8 +23,8 @@ from tests.worker.engine.fake_device import FakeDevice, Staged
 from tests.worker.engine.harness import limits
 from worker import engine_process
 from worker.engine.device import Device, StepPlan
-from worker.parallel import node, rank_process
-from worker.parallel.group import Group, Meeting
+from worker.parallel import leader, node, rank_process
+from worker.parallel.group import Group, Meeting, RankLost
 from worker.parallel.loading import OnProgress
 from worker.parallel.local_ranks import LocalRanks
 from worker.parallel.plan_codec import decode_plan
@@ -80,6 +80,10 @@ def fall_over() -> None:
     raise RuntimeError("the device\nfell over")
 
 
+def lose_touch() -> None:
+    raise RankLost("nobody answers")
+
+
 def hang() -> None:
     say("hanging")
     threading.Event().wait()
@@ -100,6 +104,8 @@ def load(mode: str, settings: WorkerSettings, on_progress: OnProgress, meeting: 
     on_progress("weights", 10 + rank, 10 + rank)
     faults = {
         ("breaks on 0", 0): fall_over,
+        ("loses touch on 0", 0): lose_touch,
+        ("loses touch on 1", 1): lose_touch,
         ("collective breaks", 1): fall_over,
         ("collective hangs", 1): hang,
     }
@@ -151,6 +157,8 @@ def losing_step_5(publish: Callable[[LocalRanks, bytes], None]) -> Callable[[Loc
 
 
 def main(mode: str, arguments: list[str]) -> int:
+    if mode.startswith("loses touch"):
+        leader.LAST_WORDS_S = rank_process.LAST_WORDS_S = 0.1
     if "--rank" in arguments:
         return rank_process.serve_rank(RankOptions.parse(arguments), partial(load, mode))
     parser = argparse.ArgumentParser()

@@ -138,6 +138,16 @@ def test_what_rank_0_raises_ends_the_others(start: Callable[..., Group]) -> None
     wait_until_gone(pids)
 
 
+@pytest.mark.parametrize(("rank", "sentence"), [(0, "nobody answers"), (1, "rank 1: nobody answers")])
+def test_a_rank_that_lost_the_others_says_so_when_nobody_knows_better(
+    start: Callable[..., Group], rank: int, sentence: str
+) -> None:
+    group = start(f"loses touch on {rank}")
+    group.start()
+    group.begin()
+    assert group.last_words() == sentence
+
+
 def test_a_configuration_error_of_one_rank_arrives_word_for_word(start: Callable[..., Group]) -> None:
     """Although the others wait for that rank in vain."""
     group = start("refuses")
@@ -181,3 +191,14 @@ def test_a_stopped_rank_gets_the_plans_it_missed(start: Callable[..., Group]) ->
     os.kill(pids[2], signal.SIGCONT)
     group.wait_for_line("rank 2 step 100")
     assert group.stop() == 0
+
+
+def test_a_rank_that_dies_with_plans_unread_is_reported_like_any_other(start: Callable[..., Group]) -> None:
+    group = start("good")
+    group.start()
+    pids = group.wait_for_pids()
+    os.kill(pids[2], signal.SIGSTOP)
+    wait_for(lambda: process_state(pids[2]) == "T", "the stop of rank 2")
+    assert group.serve() == expected_ids()
+    group.kill(2)
+    assert group.last_words() == "rank 2 was killed by signal 9"
