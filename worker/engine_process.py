@@ -41,14 +41,14 @@ Send = Callable[[Message], None]
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, rank_command: Sequence[str] = REAL_RANK) -> int:
     parser = argparse.ArgumentParser(prog="worker.engine_process")
     parser.add_argument("--fd", type=int, required=True, help="the inherited end of a socket pair to the agent")
     parser.add_argument("--settings", required=True, help="WorkerSettings as JSON")
     options = parser.parse_args(arguments)
     settings = WorkerSettings(**json.loads(options.settings))
     set_up_logging(settings.log_level, json_output=settings.json_output)
-    return serve(socket.socket(fileno=options.fd), settings, load_torch_device)
+    return serve(socket.socket(fileno=options.fd), settings, load_torch_device, rank_command)
 
 
 def serve(

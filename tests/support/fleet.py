@@ -161,9 +161,11 @@ class Fleet:
         self.gateways.append(gateway)
         return gateway
 
-    def add_worker(self, name: str, **options: str) -> FleetProcess:
+    def add_worker(self, name: str, module: str = "", **options: str) -> FleetProcess:
+        """`module` is another program than the worker, with the same options."""
         environment = self._environment(INFERFLEET_WORKER_ID=name, **options)
-        worker = FleetProcess(name, ["worker"], environment, self.folder / f"{name}.log")
+        worker = FleetProcess(name, [] if module else ["worker"], environment, self.folder / f"{name}.log")
+        worker.module = module or worker.module
         worker.start()
         self.workers.append(worker)
         return worker
