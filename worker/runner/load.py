@@ -25,7 +25,7 @@ from worker.model.loading import load_weights, weight_bytes
 from worker.model.spec import AnySpec, QkNorm, Spec, T5Spec
 from worker.model.t5 import T5, load_t5_weights, t5_weight_bytes
 from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
-from worker.parallel.group import Alone, Group
+from worker.parallel.group import Alone, Group, agree_on_minimum
 from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
 from worker.runner.memory import available_bytes, readable
@@ -65,9 +65,10 @@ def load_device(
     check_shards(spec, group.shard.size)
     source, digest, stored = _open(settings, folder, config, spec, family)
     dtype = choose_dtype(settings.dtype, stored, reasons)
-    _check_memory(_weight_bytes(spec, family, source, dtype, group.shard), group.shard)
+    _check_memory(_weight_bytes(spec, family, source, dtype, group.shard), _free_bytes(settings, group))
     model = _load(settings, spec, family, source, dtype, group, on_progress)
-    limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), reasons)
+    free = _free_bytes(settings, group)
+    limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), free, reasons)
     device = _device(model, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
 
@@ -131,9 +132,12 @@ def _weight_bytes(spec: AnySpec, family: Family, source: TensorSource, dtype: to
     return weight_bytes(spec, family, source, dtype, shard)
 
 
-def _check_memory(needed: int, shard: Shard) -> None:
-    # ranks of one machine start together and share what is free
-    free = available_bytes() // shard.size
+def _free_bytes(settings: WorkerSettings, group: Group) -> int:
+    """What a rank may take: those of one machine share it, and all go by the one that has least."""
+    return agree_on_minimum(group, available_bytes() // settings.ranks_per_node)
+
+
+def _check_memory(needed: int, free: int) -> None:
     if needed > free:
         raise ConfigurationError(
             f"the model needs {readable(needed)} for its weights but only {readable(free)} of memory is free; "
@@ -161,8 +165,10 @@ def _load(
     return Decoder(spec, weights, attention, group, longest)
 
 
-def choose_limits(settings: WorkerSettings, spec: AnySpec, bytes_per_token: int, reasons: list[str]) -> Limits:
-    """Size of the KV pool and the longest request; whatever is lowered gets a reason.
+def choose_limits(
+    settings: WorkerSettings, spec: AnySpec, bytes_per_token: int, free: int, reasons: list[str]
+) -> Limits:
+    """Size of the KV pool in `free` bytes, and the longest request; whatever is lowered gets a reason.
 
     Raises:
         ConfigurationError: if nothing useful fits.
@@ -174,7 +180,7 @@ def choose_limits(settings: WorkerSettings, spec: AnySpec, bytes_per_token: int,
         asked = spec.max_positions
     has_encoder = isinstance(spec, T5Spec)
     num_spare = 2 if has_encoder else 1
-    kv_tokens = _kv_tokens(settings, asked + num_spare * block_size, bytes_per_token, reasons)
+    kv_tokens = _kv_tokens(settings, asked + num_spare * block_size, bytes_per_token, free, reasons)
     total = fitting_total_tokens(asked, kv_tokens, block_size, has_encoder=has_encoder)
     if total < 2:
         raise ConfigurationError(
@@ -194,10 +200,12 @@ def choose_limits(settings: WorkerSettings, spec: AnySpec, bytes_per_token: int,
     return Limits(kv_tokens, inputs, total, prefill)
 
 
-def _kv_tokens(settings: WorkerSettings, largest_request: int, bytes_per_token: int, reasons: list[str]) -> int:
+def _kv_tokens(
+    settings: WorkerSettings, largest_request: int, bytes_per_token: int, free: int, reasons: list[str]
+) -> int:
     """Tokens in whole blocks: as asked, or what a share of the free memory holds, up to `max_num_seqs` requests that
     take `largest_request` tokens each."""
-    block_size, free = settings.block_size, available_bytes()
+    block_size = settings.block_size
     if settings.kv_tokens is not None:
         if settings.kv_tokens * bytes_per_token > free:
             raise ConfigurationError(
