@@ -36,7 +36,7 @@ from common.store.reaper import Reaper
 from common.store.replies import Taken, WorkerInfo
 from common.store.workers import WorkerStore
 from common.text.tokenizer import TextTokenizer
-from worker.announce import ModelFiles, find_model, make_card, read_model, served_name
+from worker.announce import ModelFiles, ModelSearch, make_card, read_model, served_name
 from worker.credit import Credit
 from worker.engine_client import REAL_ENGINE, settings_json, thread_environment
 from worker.engine_keeper import EngineKeeper
@@ -58,6 +58,7 @@ CANCEL_AGAIN_S = 0.2
 MAX_SUSPECTS = 1
 NUM_NONCE_BYTES = 8
 LOG_PROGRESS_S = 5.0
+UNREPORT_LIMIT_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,11 @@ class Agent:
         self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
         self._started_ms = round(time.time() * 1000)
         environment = thread_environment(settings.threads, settings.ranks_per_node)
+        self._search = ModelSearch(settings)
         self._engine = EngineKeeper(command, environment, clock, self)
         self._stats: dict[str, float] = {}
         self._num_fenced = 0
-        self._model_name = settings.model_id
+        self._model_name = served_name(settings)
         self._drain_until: float | None = None
         self._is_drain_told = False
         self._to_release: dict[tuple[str, int], bool] = {}
@@ -115,21 +117,26 @@ class Agent:
             logger.warning("--trust-remote-code changes nothing: code from a checkpoint is never run")
         if self._settings.metrics_port:
             self._serve_metrics()
-        folder = await asyncio.to_thread(find_model, self._settings)
-        self._files: ModelFiles = await asyncio.to_thread(read_model, folder, self._settings)
-        self._model_name = served_name(self._files, self._settings)
-        self._tokenizer = TextTokenizer(self._files.tokenizer_json)
-        engine = self._engine.run(settings_json(self._settings, str(folder)))
         try:
             async with asyncio.TaskGroup() as group:
                 serving = (self._converse(), self._pull(), self._watch(), self._reap())
-                loops = (engine, self._report_loading(), *serving)
+                loops = (self._compute(), self._report_loading(), *serving)
                 tasks = [group.create_task(loop) for loop in loops]
                 await self._is_over.wait()
                 await self._end_loops(tasks)
         finally:
             await self._close()
         return 0
+
+    async def _compute(self) -> None:
+        """Find the model and keep an engine running with it."""
+        try:
+            folder = await self._search.folder()
+            self._files: ModelFiles = await asyncio.to_thread(read_model, folder, self._settings)
+            self._tokenizer = TextTokenizer(self._files.tokenizer_json)
+            await self._engine.run(settings_json(self._settings, str(folder)))
+        finally:
+            self._is_over.set()
 
     @staticmethod
     async def _end_loops(tasks: list[asyncio.Task[None]]) -> None:
@@ -143,6 +150,10 @@ class Agent:
         if self._is_serving.is_set():
             await self._store.close()
         await self._engine.close()
+        await self._search.close()
+        if not self._is_serving.is_set():
+            with suppress(StoreError, TimeoutError):
+                await asyncio.wait_for(self._fleet.unreport(self.worker_id), UNREPORT_LIMIT_S)
 
     def _serve_metrics(self) -> None:
         try:
@@ -156,13 +167,26 @@ class Agent:
         now = self._clock()
         if self._drain_until is None:
             self._drain_until = now + self._settings.graceful_termination_timeout
-            logger.info("draining: no more jobs are taken", extra={"worker": self.worker_id})
+            logger.info("%s", self._farewell, extra={"worker": self.worker_id})
         else:
             self._drain_until = now
         if not self._is_serving.is_set():
             self._is_over.set()
         self._news.set()
         self._room_changed.set()
+
+    @property
+    def is_downloading(self) -> bool:
+        """After `run`: whether a thread of a download is left, which waits for the network."""
+        return self._search.is_running
+
+    @property
+    def _farewell(self) -> str:
+        if self._is_serving.is_set():
+            return "draining: no more jobs are taken"
+        if self._search.is_running:
+            return "stopped while the model was fetched; the same command goes on with the files that are missing"
+        return "stopped before the model was loaded"
 
     @property
     def _is_draining(self) -> bool:
@@ -228,16 +252,20 @@ class Agent:
     async def _report_loading(self) -> None:
         """Be visible to gateways and people until hello."""
         last_log = self._clock()
-        while not self._is_serving.is_set():
+        while not (self._is_serving.is_set() or self._is_over.is_set()):
             if self._clock() - last_log > LOG_PROGRESS_S:
                 last_log = self._clock()
                 self._engine.log_progress()
             with suppress(StoreError):
-                await self._fleet.report(self._info(self._engine.progress))
+                await self._fleet.report(self._info(self._progress))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._is_serving.wait(), REPORT_S)
         with suppress(StoreError):
             await self._fleet.unreport(self.worker_id)
+
+    @property
+    def _progress(self) -> Progress:
+        return self._search.progress if self._search.is_running else self._engine.progress
 
     def _info(self, progress: Progress) -> WorkerInfo:
         return WorkerInfo(

@@ -5,11 +5,14 @@ Weights are not touched here; the engine reads them.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import shlex
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,19 @@ from typing import Any
 from common.card import ModelCard, lane_of
 from common.errors import ConfigurationError
 from common.settings import WorkerSettings
-from worker.hub import SMALL_FILES, WEIGHT_FILES, HubModel, ProgressLines, fetch, local_folder
-from worker.pipe import Ready
+from worker.hub import (
+    SMALL_FILES,
+    WEIGHT_FILES,
+    HubModel,
+    ProgressFunction,
+    ProgressLines,
+    Stopped,
+    fetch,
+    local_folder,
+)
+from worker.pipe import Progress, Ready
 
+STOP_LIMIT_S = 2.0
 SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
 
 logger = logging.getLogger(__name__)
@@ -57,7 +70,50 @@ class ModelFiles:
         return () if token_id is None else (token_id,)
 
 
-def find_model(settings: WorkerSettings) -> Path:
+class ModelSearch:
+    """`find_model` in a thread that nobody has to wait for: a download may hang in the network for minutes.
+
+    `progress` is how far it is.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._folder: Future[Path] = Future()
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.progress = Progress("starting", 0, 0)
+
+    async def folder(self) -> Path:
+        """Search; called once. Raises what `find_model` raises."""
+        # from here on a cancellation of whoever waits leaves the future to the thread
+        self._folder.set_running_or_notify_cancel()
+        self._thread.start()
+        return await asyncio.wrap_future(self._folder)
+
+    async def close(self) -> None:
+        """Have a download stop, and give it a moment to clear away what it holds of files that are not whole."""
+        self._is_stopped.set()
+        if self.is_running:
+            await asyncio.to_thread(self._thread.join, STOP_LIMIT_S)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a thread still, which after `close` waits for the network."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._folder.set_result(find_model(self._settings, self._note))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the future meets it
+            self._folder.set_exception(error)
+
+    def _note(self, done: int, total: int) -> None:
+        if self._is_stopped.is_set():
+            raise Stopped
+        self.progress = Progress("download", done, total)
+
+
+def find_model(settings: WorkerSettings, on_progress: ProgressFunction = lambda done, total: None) -> Path:
     """The folder of the model: a local one, or one of the hub's cache, downloaded when it is not there yet.
 
     Raises:
@@ -67,8 +123,13 @@ def find_model(settings: WorkerSettings) -> Path:
     folder = local_folder(settings.model_id, "--model-id")
     if folder is None:
         model = HubModel(settings.model_id, settings.revision, settings.huggingface_hub_cache)
-        progress = ProgressLines("downloading", logger.info)
-        folder = fetch(model, SMALL_FILES if is_dummy else (*SMALL_FILES, *WEIGHT_FILES), progress)
+        write = ProgressLines("downloading", logger.info)
+
+        def show(done: int, total: int) -> None:
+            on_progress(done, total)
+            write(done, total)
+
+        folder = fetch(model, SMALL_FILES if is_dummy else (*SMALL_FILES, *WEIGHT_FILES), show)
     if not is_dummy and not any(folder.glob(WEIGHT_FILES[0])):
         raise ConfigurationError(
             f"{settings.model_id} has no .safetensors file, and pickled weights are never loaded because unpickling "
@@ -176,7 +237,7 @@ def _default_template(value: Any) -> str:
 
 def make_card(files: ModelFiles, ready: Ready, settings: WorkerSettings) -> ModelCard:
     """Everything gateways must know, with the limits the engine found."""
-    names = settings.served_model_name or [served_name(files, settings)]
+    names = settings.served_model_name or [served_name(settings)]
     digest = hashlib.sha256(files.tokenizer_json).hexdigest()
     architectures = files.config.get("architectures") or [""]
     sampling = {name: files.generation_config[name] for name in SAMPLING_FIELDS if name in files.generation_config}
@@ -207,9 +268,9 @@ def make_card(files: ModelFiles, ready: Ready, settings: WorkerSettings) -> Mode
     )
 
 
-def served_name(files: ModelFiles, settings: WorkerSettings) -> str:
+def served_name(settings: WorkerSettings) -> str:
     """The first of the names given; else the hub id, or the name of a local folder."""
     if settings.served_model_name:
         return settings.served_model_name[0]
-    is_local = Path(files.model_id).expanduser().is_dir()
-    return Path(files.model_id).expanduser().resolve().name if is_local else files.model_id
+    folder = Path(settings.model_id).expanduser()
+    return folder.resolve().name if folder.is_dir() else settings.model_id

@@ -40,8 +40,8 @@ class EngineKeeper:
         self._was_ever_ready = False
         self._last_commit = 0
         self._last_sign_of_life = clock()
-        self.progress, self.phase_began = Progress("starting", 0, 0), clock()
         self.num_deaths = 0
+        self._reset_progress()
 
     @property
     def is_ready(self) -> bool:
@@ -56,6 +56,7 @@ class EngineKeeper:
         back_off_s = FIRST_BACK_OFF_S
         while True:
             started = self._clock()
+            self._reset_progress()
             self._process = await EngineProcess.start(self._command, settings, self._environment)
             failure = await self._listen(self._process)
             status = await self._process.close()
@@ -95,6 +96,9 @@ class EngineKeeper:
         elif isinstance(message, Ready):
             self._ready, self._was_ever_ready, self._last_commit = message, True, 0
             self._owner.on_ready(message)
+
+    def _reset_progress(self) -> None:
+        self.progress, self.phase_began = Progress("starting", 0, 0), self._clock()
 
     def _on_progress(self, progress: Progress) -> None:
         if progress.phase != self.progress.phase:

@@ -28,9 +28,13 @@ NO_SPACE = 28
 LINES_APART_S = 5.0
 
 ProgressFunction = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and bytes in all, from any thread."""
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(BaseException):
+    """Raised by a progress function to end the download that calls it; no error of the download."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ def fetch(model: HubModel, patterns: Sequence[str], on_progress: ProgressFunctio
     """The folder of the hub's cache with the files that match, downloaded as far as they are not there yet.
 
     Only files at the top of the repository count, see IGNORED_FILES. After a broken connection the download goes on
-    where it stopped, after a new start with the files that were not whole.
+    where it stopped, after a new start with the files that were not whole. `on_progress` is called once before the
+    first byte; what it raises ends the download.
 
     Raises:
         ConfigurationError: one sentence with the fix.
@@ -84,6 +89,7 @@ def fetch(model: HubModel, patterns: Sequence[str], on_progress: ProgressFunctio
     num_bytes = _num_missing_bytes(model, patterns, on_progress)
     if num_bytes:
         logger.info("downloading %s: %.0f MB", model.name, num_bytes / 1e6)
+        on_progress(0, num_bytes)
     return Path(_snapshot(model, patterns, num_bytes, on_progress))
 
 

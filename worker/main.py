@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.errors import ConfigurationError
 from common.settings import WorkerSettings
 from common.store.connection import Connection
 from worker.agent import Agent
 from worker.engine_client import REAL_ENGINE
+
+logger = logging.getLogger(__name__)
 
 
 def run(settings: WorkerSettings, engine_command: Sequence[str] = REAL_ENGINE) -> int:
@@ -36,12 +40,26 @@ def _first(group: BaseExceptionGroup[ConfigurationError]) -> ConfigurationError:
 async def _serve(settings: WorkerSettings, engine_command: Sequence[str]) -> int:
     if settings.redis_url is None:
         raise ConfigurationError("a worker needs REDIS_URL")
-    connection = await Connection.open_patiently(settings.redis_url.get_secret_value())
+    opening = asyncio.create_task(Connection.open_patiently(settings.redis_url.get_secret_value()))
+    _at_signals(opening.cancel)
+    try:
+        connection = await opening
+    except asyncio.CancelledError:
+        logger.info("stopped before Redis answered")
+        return 0
     try:
         agent = Agent(settings, connection, command=engine_command)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, agent.drain)
-        return await agent.run()
+        _at_signals(agent.drain)
+        status = await agent.run()
     finally:
         await connection.close()
+    if agent.is_downloading:
+        # the hub's client has threads that the interpreter would wait for, and they wait for the network
+        os._exit(status)
+    return status
+
+
+def _at_signals(act: Callable[[], object]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, act)

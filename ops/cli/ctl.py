@@ -16,7 +16,7 @@ from common.errors import ConfigurationError
 
 FLEET = "/v1/fleet"
 COLUMNS = {
-    "workers": ("id", "state", "model", "host", "pid", "running", "waiting"),
+    "workers": ("id", "state", "model", "host", "pid", "running", "waiting", "progress"),
     "jobs": ("id", "status", "worker", "num_tokens", "attempts"),
     "queue": ("model", "queued", "running", "queued_tokens", "workers", "dead_letters"),
     "keys": ("id", "tenant", "created_at"),
@@ -113,8 +113,16 @@ def _show(command: str, answer: Any) -> None:
     # ids are for copying: never cut
     table = Table(*(Column(name, no_wrap=name in ("id", "job_id"), overflow="fold") for name in columns))
     for row in rows:
-        table.add_row(*("-" if row.get(column) is None else str(row[column]) for column in columns))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     Console().print(table if rows else "none")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        # how far a worker has loaded, in bytes, or for how many machines it still waits
+        done, total = value["done"], value["total"]
+        return f"{value['phase']}: {done} of {total}, {done / total:.0%}" if total else str(value["phase"])
+    return "-" if value is None else str(value)
 
 
 def main(arguments: list[str]) -> int:

@@ -96,9 +96,9 @@ def test_templates_are_found_in_their_order(folder: Path, tmp_path: Path) -> Non
 
 
 def test_names_default_to_the_folder_or_the_hub_id(folder: Path) -> None:
-    files = read(folder)
-    assert served_name(files, options(folder)) == "tiny-llama"
-    assert served_name(files, options(folder, served_model_name=["a", "b"])) == "a"
+    assert served_name(options(folder)) == "tiny-llama"
+    assert served_name(options(folder, served_model_name=["a", "b"])) == "a"
+    assert served_name(WorkerSettings(model_id="owner/model")) == "owner/model"
 
 
 def problem(folder: Path, **fields: Any) -> str:
