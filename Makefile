@@ -9,9 +9,17 @@ export PYTHONUNBUFFERED := 1
 up: .venv/stamp-serve
 	@exec $(BIN)/inferfleet up $(ARGS)
 
+# fleets whose leases and timers are under test have the machine for themselves; the rest shares its cores
+FLEETS := tests/conformance tests/faults tests/browser
+
 test: .venv/stamp-test .venv/stamp-clients
 	@ops/test_packages.sh
+ifdef ARGS
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+else
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not soak" $(FLEETS)
+endif
 
 lint: .venv/stamp-test
 	$(BIN)/ruff check .

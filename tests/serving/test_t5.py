@@ -22,6 +22,7 @@ from tests.support.redis_server import ServerUnderTest
 
 pytestmark = pytest.mark.timeout(180)
 
+NAMES = ["t5", "flan"]
 NUM_LONG, NUM_SHORT, NUM_TOKENS, MIN_TOKENS = 20, 4, 64, 30
 MIN_MARGIN = 1e-3
 MIN_VARIETY = 6
@@ -96,7 +97,7 @@ class Served:
         return max(worker["stats"].get(name, 0) for worker in self.fleet.worker_states())
 
 
-@pytest.fixture(scope="module", params=["t5", "flan"])
+@pytest.fixture(scope="module", params=NAMES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_t5.save(request.param, folder / "model")
