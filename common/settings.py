@@ -245,7 +245,10 @@ class WorkerSettings(CommonSettings):
     kv_tokens: PositiveInt | None = option(None, "tokens of KV cache; none: chosen from the free memory")
     block_size: Literal[8, 16, 32, 64, 128] = option(16, "tokens per KV block", "block_size")
     prefix_caching: bool = option(
-        True, "reuse the KV of equal prompt beginnings", "prefix_caching", "enable_prefix_caching"
+        True,
+        "reuse the KV of equal prompt beginnings; changes nothing for encoder-decoder models, which have none to share",
+        "prefix_caching",
+        "enable_prefix_caching",
     )
     attention: Literal["auto", "cpu", "reference"] = option("auto", "attention implementation")
     worker_id: str = option("", "name of this worker on Redis; random when empty", max_length=64)

@@ -215,15 +215,7 @@ class Agent:
 
     def _log_limits(self, ready: Ready) -> None:
         for reason in ready.reasons:
-            logger.info("%s", reason)
-        logger.info(
-            "%s: %d tokens of KV cache, batches of up to %d requests, up to %d tokens each (prompts up to %d)",
-            self._card.served_name,
-            ready.kv_tokens,
-            ready.max_num_seqs,
-            ready.max_total_tokens,
-            ready.max_input_tokens,
-        )
+            logger.info("%s: %s", self._card.served_name, reason)
 
     def on_step(self, step: Step) -> None:
         self._num_tokens += sum(len(run.ids) for run in step.runs)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import BinaryIO
 
-from common.errors import WireError
+from common.errors import ConfigurationError, WireError
 from common.settings import WorkerSettings
 from common.telemetry import set_up_logging
 from worker.engine.device import Device
@@ -73,8 +73,9 @@ def serve(
     except (BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:
-        # Whatever it is, the agent must hear of it, or the jobs would wait for ever.
-        logger.exception("the engine cannot go on")
+        # Whatever it is, the agent must hear of it, or the jobs would wait for ever. A sentence for people gets there.
+        if not isinstance(error, ConfigurationError):
+            logger.exception("the engine cannot go on")
         with suppress(OSError):
             send(Failed(sentence_of(error)))
         return 1
@@ -99,7 +100,8 @@ def _serve_as_rank_0(
         leader.fail_later(sentence_of(error))
     except Exception as error:
         # Nor must the other ranks wait for this one in a collective.
-        logger.exception("rank 0 cannot go on")
+        if not isinstance(error, ConfigurationError):
+            logger.exception("rank 0 cannot go on")
         leader.fail(sentence_of(error))
     finally:
         leader.stop()

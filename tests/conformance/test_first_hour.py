@@ -84,7 +84,10 @@ def status(url: str) -> int:
 def test_the_start_says_what_fits(served: Served) -> None:
     wait_for(lambda: f"http://localhost:{served.port}" in served.log.read_text(), "the banner")
     text = served.log.read_text()
-    assert re.search(r"16384 tokens of KV cache, batches of up to \d+ requests, up to 4096 tokens each", text)
+    assert "kv_tokens 16384 (" in text
+    assert re.search(r"max_num_seqs \d+: .* the KV cache holds 3 of the longest requests", text)
+    assert "max_total_tokens 4096: " in text
+    assert "max_input_tokens 4095: " in text
     assert "open it in a browser" in text
     assert f"curl http://localhost:{served.port}/generate" in text
 

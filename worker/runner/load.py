@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from common.settings import WorkerSettings
 from worker.attention import Attention
 from worker.attention.cpu import CpuAttention
 from worker.attention.reference import ReferenceAttention
-from worker.engine.device import fitting_total_tokens
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
 from worker.model.decoder import Decoder
@@ -28,22 +26,11 @@ from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
 from worker.parallel.group import Alone, Group, agree_on_minimum
 from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
+from worker.runner.limits import KvMemory, Limits, choose_limits, free_text, on_each
 from worker.runner.memory import available_bytes, readable
 from worker.runner.torch_device import Model, TorchDevice
 
 OnProgress = Callable[[str, int, int], None]
-
-DEFAULT_KV_BYTES = 2 << 30
-KV_SHARE_OF_FREE_MEMORY = 0.25
-DEFAULT_PREFILL_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    kv_tokens: int
-    max_input_tokens: int
-    max_total_tokens: int
-    max_batch_prefill_tokens: int
 
 
 def load_device(
@@ -65,10 +52,13 @@ def load_device(
     check_shards(spec, group.shard.size)
     source, digest, stored = _open(settings, folder, config, spec, family)
     dtype = choose_dtype(settings.dtype, stored, reasons)
-    _check_memory(_weight_bytes(spec, family, source, dtype, group.shard), _free_bytes(settings, group))
+    num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard), group.shard.size
+    _check_memory(num_bytes, _free_bytes(settings, group), num_ranks)
     model = _load(settings, spec, family, source, dtype, group, on_progress)
-    free = _free_bytes(settings, group)
-    limits = choose_limits(settings, spec, _kv_bytes_per_token(spec, group.shard, dtype), free, reasons)
+    memory = KvMemory(_free_bytes(settings, group), _kv_bytes_per_token(spec, group.shard, dtype), num_ranks)
+    limits = choose_limits(settings, spec, memory, reasons)
+    if settings.prefix_caching and isinstance(spec, T5Spec):
+        reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
     device = _device(model, settings, limits)
     return device, _ready(settings, spec, dtype, digest, limits, reasons)
 
@@ -137,10 +127,10 @@ def _free_bytes(settings: WorkerSettings, group: Group) -> int:
     return agree_on_minimum(group, available_bytes() // settings.ranks_per_node)
 
 
-def _check_memory(needed: int, free: int) -> None:
+def _check_memory(needed: int, free: int, num_ranks: int) -> None:
     if needed > free:
         raise ConfigurationError(
-            f"the model needs {readable(needed)} for its weights but only {readable(free)} of memory is free; "
+            f"the model needs {readable(needed)}{on_each(num_ranks)} for its weights but {free_text(free, num_ranks)}; "
             "choose a smaller model or --dtype bfloat16, or free memory"
         )
 
@@ -163,80 +153,6 @@ def _load(
     weights = load_weights(spec, family, source, dtype, group.shard, report)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest)
-
-
-def choose_limits(
-    settings: WorkerSettings, spec: AnySpec, bytes_per_token: int, free: int, reasons: list[str]
-) -> Limits:
-    """Size of the KV pool in `free` bytes, and the longest request; whatever is lowered gets a reason.
-
-    Raises:
-        ConfigurationError: if nothing useful fits.
-    """
-    block_size = settings.block_size
-    asked = settings.max_total_tokens or spec.max_positions
-    if asked > spec.max_positions and spec.is_position_bound:
-        reasons.append(f"max_total_tokens {spec.max_positions} instead of {asked}: the model knows no more positions")
-        asked = spec.max_positions
-    has_encoder = isinstance(spec, T5Spec)
-    num_spare = 2 if has_encoder else 1
-    kv_tokens = _kv_tokens(settings, asked + num_spare * block_size, bytes_per_token, free, reasons)
-    total = fitting_total_tokens(asked, kv_tokens, block_size, has_encoder=has_encoder)
-    if total < 2:
-        raise ConfigurationError(
-            f"--kv-tokens {kv_tokens} is too small: it must be at least {(1 + num_spare) * block_size}, "
-            f"{'three' if has_encoder else 'two'} blocks"
-        )
-    if total < asked:
-        reasons.append(f"max_total_tokens {total} instead of {asked}: the KV cache holds {kv_tokens} tokens")
-    inputs, prefill = _max_input_tokens(settings, total, reasons), settings.max_batch_prefill_tokens
-    prefill = prefill or DEFAULT_PREFILL_TOKENS
-    if has_encoder and inputs > prefill:
-        reasons.append(
-            f"max_input_tokens {prefill} instead of {inputs}: an encoder reads its whole input in one step; "
-            "--max-batch-prefill-tokens changes it"
-        )
-        inputs = prefill
-    return Limits(kv_tokens, inputs, total, prefill)
-
-
-def _kv_tokens(
-    settings: WorkerSettings, largest_request: int, bytes_per_token: int, free: int, reasons: list[str]
-) -> int:
-    """Tokens in whole blocks: as asked, or what a share of the free memory holds, up to `max_num_seqs` requests that
-    take `largest_request` tokens each."""
-    block_size = settings.block_size
-    if settings.kv_tokens is not None:
-        if settings.kv_tokens * bytes_per_token > free:
-            raise ConfigurationError(
-                f"--kv-tokens {settings.kv_tokens} needs {readable(settings.kv_tokens * bytes_per_token)} "
-                f"but only {readable(free)} of memory is free; at most {free // bytes_per_token} fit"
-            )
-        return settings.kv_tokens // block_size * block_size
-    size = min(DEFAULT_KV_BYTES, int(free * KV_SHARE_OF_FREE_MEMORY))
-    useful = settings.max_num_seqs * largest_request
-    kv_tokens = min(size // bytes_per_token, useful) // block_size * block_size
-    why = "all that the largest batch can use" if useful * bytes_per_token <= size else _share_text(size)
-    reasons.append(f"kv_tokens {kv_tokens} ({readable(kv_tokens * bytes_per_token)}): {why}; --kv-tokens changes it")
-    return kv_tokens
-
-
-def _share_text(size: int) -> str:
-    if size == DEFAULT_KV_BYTES:
-        return f"the default of {readable(size)}"
-    return f"{KV_SHARE_OF_FREE_MEMORY:.0%} of the free memory"
-
-
-def _max_input_tokens(settings: WorkerSettings, total: int, reasons: list[str]) -> int:
-    asked = settings.max_input_tokens
-    if asked is None or asked < total:
-        return asked or total - 1
-    if settings.max_total_tokens is not None and asked >= settings.max_total_tokens:
-        raise ConfigurationError(
-            f"--max-input-tokens {asked} must be smaller than --max-total-tokens {settings.max_total_tokens}"
-        )
-    reasons.append(f"max_input_tokens {total - 1} instead of {asked}: one token of {total} is for the answer")
-    return total - 1
 
 
 def _device(model: Model, settings: WorkerSettings, limits: Limits) -> TorchDevice:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,15 @@ from common.errors import ConfigurationError
 from common.settings import WorkerSettings
 from tests.support import tiny_models
 from worker.attention.reference import ReferenceAttention
+from worker.engine.admission import peak_blocks
+from worker.model.checkpoint import Checkpoint
+from worker.model.families import read_spec
+from worker.parallel.group import Alone
+from worker.parallel.shard import Shard
+from worker.runner import limits
 from worker.runner import load as loading
 from worker.runner.load import choose_dtype, load_device
+from worker.runner.memory import readable
 
 
 def refusal(load, **options) -> str:
@@ -27,13 +35,42 @@ def test_ready_says_what_was_chosen(load):
     assert (ready.dtype, ready.quantize) == ("float32", "none")
     assert (ready.kv_tokens, ready.block_size, ready.max_num_seqs) == (2048, 32, 7)
     assert (ready.max_total_tokens, ready.max_input_tokens) == (512, 511)
-    assert ready.max_batch_prefill_tokens == loading.DEFAULT_PREFILL_TOKENS
+    assert ready.max_batch_prefill_tokens == limits.DEFAULT_PREFILL_TOKENS
     assert ready.step_limit_s == 33.0
     assert device.pages.shape == (3, 2, 65, 32, 2, 8)
     assert device.rows.block_tables.shape[0] == 7
     assert device.rows.block_tables.shape[1] >= 512 // 32
     assert len(ready.weights_digest) == 64
-    assert ready.reasons == []
+    assert ready.reasons == [
+        "kv_tokens 2048 (768.0 KiB) instead of 2050: whole blocks of 32",
+        "max_num_seqs 7: as asked; the KV cache holds 3 of the longest requests",
+        "max_total_tokens 512: as long as the model's config says; --max-total-tokens changes it",
+        "max_input_tokens 511: all but one token for the answer; --max-input-tokens changes it",
+    ]
+    assert device.pages[:, :, 1:].nbytes == 768 * 1024, "the null page is extra"
+
+
+def test_every_limit_has_one_reason_whatever_was_asked(load):
+    asked = dict(kv_tokens=2048, max_num_seqs=4, max_total_tokens=200, max_input_tokens=100)
+    assert [reason.split(":")[1].split(";")[0] for reason in load(**asked)[1].reasons] == [" as asked"] * 4
+    for options in ({}, asked, dict(kv_tokens=256, max_input_tokens=300), dict(max_total_tokens=9999)):
+        _, ready = load(**options)
+        names = [reason.split()[0] for reason in ready.reasons]
+        assert names == ["kv_tokens", "max_num_seqs", "max_total_tokens", "max_input_tokens"]
+        values = [int(reason.replace(":", "").split()[1]) for reason in ready.reasons]
+        assert values == [getattr(ready, name) for name in names]
+
+
+def test_so_many_of_the_longest_requests_fit_at_once(load):
+    """What the start says is what the engine's admission does."""
+    _, ready = load(kv_tokens=2048, max_total_tokens=250)
+    (said,) = [int(reason.split()[-5]) for reason in ready.reasons if "longest" in reason]
+    size, num_blocks = ready.block_size, ready.kv_tokens // ready.block_size
+
+    def peak(num_requests: int) -> int:
+        return peak_blocks(np.full(num_requests, 250, np.int32), np.zeros(num_requests, np.int32), size)
+
+    assert peak(said) <= num_blocks < peak(said + 1)
 
 
 def test_threads_are_as_asked_or_all_cores(load):
@@ -50,6 +87,7 @@ def test_threads_are_as_asked_or_all_cores(load):
 def test_a_small_pool_lowers_the_limits_and_says_why(load):
     _, ready = load(kv_tokens=256)
     assert (ready.max_total_tokens, ready.max_input_tokens) == (240, 239)
+    assert any("holds 1 of the longest requests" in reason for reason in ready.reasons)
     assert any("max_total_tokens 240 instead of 512" in reason for reason in ready.reasons)
     _, ready = load(kv_tokens=256, max_input_tokens=300)
     assert ready.max_input_tokens == 239
@@ -81,6 +119,7 @@ def test_a_rope_that_is_not_there_cannot_be_stretched(load, name):
 def test_contradicting_limits_are_refused(load):
     text = refusal(load, max_total_tokens=100, max_input_tokens=100)
     assert "--max-input-tokens 100 must be smaller than --max-total-tokens 100" in text
+    assert "--max-total-tokens 1 is too small" in refusal(load, max_total_tokens=1)
 
 
 def test_the_default_pool_follows_the_free_memory(load, monkeypatch):
@@ -93,7 +132,7 @@ def test_the_default_pool_follows_the_free_memory(load, monkeypatch):
     _, ready = load(kv_tokens=None, max_num_seqs=4)
     assert ready.kv_tokens == 4 * (512 + 16)
     assert any("all that the largest batch can use" in reason for reason in ready.reasons)
-    monkeypatch.setattr(loading, "DEFAULT_KV_BYTES", 3200 * bytes_per_token)
+    monkeypatch.setattr(limits, "DEFAULT_KV_BYTES", 3200 * bytes_per_token)
     _, ready = load(kv_tokens=None)
     assert ready.kv_tokens == 3200
     assert any("the default of" in reason for reason in ready.reasons)
@@ -106,6 +145,36 @@ def test_too_little_memory_is_one_sentence(load, monkeypatch):
     assert "at most 26041 fit" in refusal(load, kv_tokens=100_000)
     monkeypatch.setattr(loading, "available_bytes", lambda: 1 << 60)
     assert "no memory for a KV cache" in refusal(load, kv_tokens=1 << 46)
+    monkeypatch.setattr(limits, "KV_SHARE_OF_FREE_MEMORY", 1e-16)
+    text = "a KV cache of 32 tokens at least needs 12.0 KiB but only 1048576.0 TiB of memory is free"
+    assert refusal(load, kv_tokens=None).startswith(text)
+
+
+class OneOfTwo(Alone):
+    shard = Shard(1, 2)
+
+
+def test_too_little_memory_of_a_rank_is_told_for_each(tiny_folder, monkeypatch):
+    """All go by the rank that has least: here that is this one."""
+    folder = tiny_folder("llama")
+    spec, family = read_spec(json.loads((folder / "config.json").read_text()))
+
+    def load_rank(**options):
+        settings = WorkerSettings(model_id=str(folder), threads=1, num_shard=2, **options)
+        return load_device(settings, lambda *_: None, OneOfTwo())
+
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2000)
+    num_bytes = loading.weight_bytes(spec, family, Checkpoint(folder), torch.float32, OneOfTwo.shard)
+    needed = readable(num_bytes)
+    assert num_bytes < loading.weight_bytes(spec, family, Checkpoint(folder), torch.float32, Alone.shard)
+    expected = f"needs {needed} on each of 2 ranks for its weights but only 1000 B of memory is free for each; "
+    assert expected in refusal(load_rank)
+    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * num_bytes)
+    expected = f"needs 18.3 MiB on each of 2 ranks but only {needed} of memory is free for each; at most"
+    assert expected in refusal(load_rank, kv_tokens=100_000)
+    monkeypatch.setattr(limits, "KV_SHARE_OF_FREE_MEMORY", 1e-9)
+    expected = f"at least needs 6.0 KiB on each of 2 ranks but only {needed} of memory is free for each, of which"
+    assert expected in refusal(load_rank)
 
 
 def test_types(load, tiny_folder, tmp_path):

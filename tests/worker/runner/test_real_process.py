@@ -109,3 +109,4 @@ def test_a_model_that_cannot_run_is_one_sentence_and_an_exit_status(engine):
     assert "llama" in message.message
     assert engine.process.wait(DEADLINE_S) == 1
     engine.close()
+    assert "Traceback" not in engine.errors

@@ -273,9 +273,16 @@ def test_ready_says_how_answers_begin_and_that_distances_are_free(load):
     assert ready.decoder_start_id == tiny_t5.START_ID
     assert device.pages.shape == (1, 2, 129, BLOCK_SIZE, 4, 24)
     assert (ready.max_total_tokens, ready.max_input_tokens) == (512, 511)
-    assert ready.reasons == []
     _, longer = load("mt5", max_total_tokens=1500)
-    assert (longer.max_total_tokens, longer.max_input_tokens, longer.reasons) == (1500, 1499, [])
+    assert (longer.max_total_tokens, longer.max_input_tokens) == (1500, 1499)
+    assert not any("instead" in reason for reason in [*ready.reasons, *longer.reasons])
+
+
+def test_a_start_says_that_there_is_no_prefix_to_share(load):
+    _, ready = load()
+    assert [reason for reason in ready.reasons if reason.startswith("prefix caching off: ")] == ready.reasons[-1:]
+    _, ready = load(prefix_caching=False)
+    assert not any("prefix" in reason for reason in ready.reasons), "nobody thinks that there is"
 
 
 def test_what_is_lowered_gets_a_reason(load):
