@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 ANY_MODEL = frozenset({"tgi", "dummy", ""})
 """Names sent by clients that cannot know what is served: they mean the only model there is."""
 REFRESH_S = 1.0
+LOOKS_PER_REFRESH = 10
 RETRY_AFTER_S = 5.0
 
 
@@ -47,10 +50,13 @@ class ServedModel:
 class ModelRegistry:
     """Follows the cards on Redis: a model counts from the refresh after its announcement on."""
 
-    def __init__(self, fleet: CardStore, *, refresh_s: float = REFRESH_S) -> None:
-        self._fleet, self._refresh_s = fleet, refresh_s
+    def __init__(
+        self, fleet: CardStore, *, refresh_s: float = REFRESH_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fleet, self._refresh_s, self._clock = fleet, refresh_s, clock
         self._models: dict[str, ServedModel] = {}
         self._task: asyncio.Task[None] | None = None
+        self._looked_at = -math.inf
         self._is_closed = False
 
     async def start(self) -> None:
@@ -117,9 +123,18 @@ class ModelRegistry:
         return sorted(self._models.values(), key=lambda model: model.card.created, reverse=True)
 
     async def find(self, name: str | None) -> ServedModel:
-        """As `resolve`, but while no model is known it looks first: one may have been announced a moment ago."""
-        if not self._models:
-            await self._try_refresh()
+        """As `resolve`, but what is not known is looked for once more: it may have been announced a moment ago.
+
+        However many ask for what does not exist, Redis is asked ten times as often as without them at most.
+        """
+        try:
+            return self.resolve(name)
+        except (NotFound, Unavailable):
+            now = self._clock()
+            if self._models and now - self._looked_at < self._refresh_s / LOOKS_PER_REFRESH:
+                raise
+            self._looked_at = now
+        await self._try_refresh()
         return self.resolve(name)
 
     def resolve(self, name: str | None) -> ServedModel:

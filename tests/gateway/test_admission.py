@@ -169,6 +169,20 @@ async def test_a_model_announced_a_moment_ago_is_found_before_the_next_refresh()
     assert (await found.find("demo")).card.lane == "abcdef"
 
 
+async def test_a_name_that_is_not_known_is_looked_for_once_more_but_not_for_ever() -> None:
+    now = [100.0]
+    cards = Cards(card())
+    found = ModelRegistry(cards, refresh_s=1.0, clock=lambda: now[0])
+    await found.refresh()
+    cards.now = [card(), card(lane="bcdefg", served_name="second")]
+    assert (await found.find("second")).card.lane == "bcdefg"
+    cards.now = [*cards.now, card(lane="cdefgh", served_name="third")]
+    with pytest.raises(NotFound, match="third"):
+        await found.find("third")
+    now[0] += 0.2
+    assert (await found.find("third")).card.lane == "cdefgh"
+
+
 async def test_a_model_waits_for_its_tokenizer() -> None:
     cards = Cards(card(tokenizer_digest="late"))
     found = ModelRegistry(cards)
