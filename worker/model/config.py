@@ -12,6 +12,14 @@ from common.errors import ConfigurationError
 from worker.model.spec import Activation, Rope, RopeKind
 
 MAX_CONFIG_BYTES = 4_000_000
+MAX_SIZE = 1 << 24
+"""A bound on every integer; contexts of ten million tokens are the largest of all sizes."""
+LIMITS = dict.fromkeys(
+    ("num_hidden_layers", "num_layers", "num_decoder_layers", "num_attention_heads", "num_heads", "num_experts"), 1024
+)
+"""Bounds on what is worked through one by one; the most that models have are hundreds of each."""
+MIN_NUMBER, MAX_NUMBER = 1e-20, 1e20
+"""Bounds on numbers, within which products and powers of a few are numbers too."""
 
 ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -73,31 +81,32 @@ class ConfigReader:
         self._consumed.add(name)
         return self._values.get(name, default)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name)
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        value, most = self.get(name), LIMITS.get(name, MAX_SIZE)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.error(f"{self._own_name(name)} must be a positive integer, not {value!r}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(f"{self._own_name(name)} must be an integer from {least} to {most}, not {value!r:.60}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name)
         value = default if value is None else value
         if not _is_positive(value):
-            raise self.error(f"{self._own_name(name)} must be a positive number, not {value!r}")
+            raise self.error(f"{self._own_name(name)} must be a positive number, not {value!r:.60}")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
         if value is not None and not isinstance(value, bool):
-            raise self.error(f"{self._own_name(name)} must be true or false, not {value!r}")
+            raise self.error(f"{self._own_name(name)} must be true or false, not {value!r:.60}")
         return bool(value)
 
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
-        value = self.get(name, default)
-        if value not in ACTIVATIONS:
+        value = self.get(name)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise self.error(f"{self._own_name(name)} {value!r} is not supported; supported are {known}")
+            raise self.error(f"{self._own_name(name)} {value!r:.60} is not supported; supported are {known}")
         return ACTIVATIONS[value]
 
     def rename(self, **names: str) -> None:
@@ -196,7 +205,7 @@ class ConfigReader:
         self._consumed.add("type")
         name = RopeKind.LONGROPE if name == "su" else name
         if name not in list(RopeKind):
-            raise self.error(f"rope_type {name!r} is not supported; supported are {', '.join(RopeKind)}")
+            raise self.error(f"rope_type {name!r:.60} is not supported; supported are {', '.join(RopeKind)}")
         return RopeKind(name)
 
     def rope_numbers(self, kind: RopeKind, positions: int, original: int | None) -> dict[str, Any]:
@@ -212,6 +221,8 @@ class ConfigReader:
         original = inside if original is None else original
         if kind is RopeKind.LLAMA3:
             numbers = {name: self.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+            if numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+                raise self.error("low_freq_factor must be below high_freq_factor")
         else:
             stretch = self.number("factor", positions / original)
             numbers = self._yarn(stretch) if kind is RopeKind.YARN else self._longrope(stretch, original)
@@ -269,7 +280,7 @@ class ConfigReader:
 
 
 def _is_positive(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return type(value) in (int, float) and MIN_NUMBER <= value <= MAX_NUMBER
 
 
 def _yarn_amplitude(factor: float, mscale: float) -> float:
@@ -308,7 +319,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no model's config is")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} must hold a JSON object")

@@ -37,7 +37,8 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_length: int) -> Tensor:
 def _dynamic_theta(rope: Rope, size: int, max_length: int) -> float:
     """The base at which a sequence of `max_length` turns its slowest pair as far as one of the original length did."""
     stretch = max(max_length / rope.original_positions, 1.0)
-    return float(rope.theta * (rope.factor * stretch - (rope.factor - 1.0)) ** (size / (size - 2)))
+    # a single pair turns alike at any base
+    return float(rope.theta * (rope.factor * stretch - (rope.factor - 1.0)) ** (size / max(size - 2, 1)))
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:

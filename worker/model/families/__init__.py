@@ -30,7 +30,7 @@ def read_spec(values: Mapping[str, Any]) -> tuple[AnySpec, Family]:
     model_type, families = values.get("model_type"), FAMILIES | T5_FAMILIES
     if not isinstance(model_type, str) or model_type not in families:
         known = ", ".join(sorted(families))
-        raise ConfigurationError(f"config.json: model_type {model_type!r} is not supported; supported are {known}")
+        raise ConfigurationError(f"config.json: model_type {model_type!r:.60} is not supported; supported are {known}")
     family, config = families[model_type], ConfigReader(values)
     spec = family.build(config)
     config.finish()

@@ -112,6 +112,6 @@ def everywhere(config: ConfigReader, rope: Rope | None) -> tuple[Rope | None, ..
 
 
 def same_window(config: ConfigReader, window: Any) -> tuple[int | None, ...]:
-    if window is not None and (not isinstance(window, int) or window <= 0):
-        raise config.error(f"sliding_window must be a positive integer or null, not {window!r}")
+    if window is not None and (type(window) is not int or window <= 0):
+        raise config.error(f"sliding_window must be a positive integer or null, not {window!r:.60}")
     return (window,) * config.integer("num_hidden_layers")

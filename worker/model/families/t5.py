@@ -96,7 +96,8 @@ def _feed_forward(config: ConfigReader, default: str) -> tuple[Activation, bool]
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise config.error(
-            f"feed_forward_proj {projection!r} is not supported; supported are {known}, each also with gated- before it"
+            f"feed_forward_proj {projection!r:.60} is not supported; supported are {known}, "
+            "each also with gated- before it"
         )
     # the one place where gelu means its approximation
     name = "gelu_new" if projection == "gated-gelu" else name
@@ -119,7 +120,7 @@ def _decoder_start_id(config: ConfigReader, vocab_size: int) -> int:
     token = config.get("decoder_start_token_id")
     token = config.get("pad_token_id") if token is None else token
     if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-        raise config.error(f"decoder_start_token_id must be a token id below {vocab_size}, not {token!r}")
+        raise config.error(f"decoder_start_token_id must be a token id below {vocab_size}, not {token!r:.60}")
     return token
 
 

@@ -32,5 +32,5 @@ def every(period: int) -> Callable[[int], bool]:
 def switched_windows(config: ConfigReader, is_full: Callable[[int, int], bool]) -> tuple[int | None, ...]:
     """Qwen's rule: windows only when switched on. `is_full` gets the layer and `max_window_layers`."""
     is_on, window = config.flag("use_sliding_window"), config.get("sliding_window", 4096)
-    limit = config.integer("max_window_layers", 28)
+    limit = config.integer("max_window_layers", 28, least=0)
     return windows_of(config, layer_kinds(config, lambda layer: is_full(layer, limit)), window if is_on else None)
