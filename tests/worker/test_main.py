@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from common.errors import ConfigurationError, StoreUnsupported
 from common.settings import WorkerSettings
 from common.store.connection import Connection
-from tests.support.fake_fleet import WorkerFleet, card_of
+from tests.support.fake_fleet import Worker, WorkerFleet, card_of
 from tests.support.fleet import ROOT
 from tests.support.protocol import eventually
 from tests.support.redis_server import ServerUnderTest
@@ -26,10 +27,18 @@ async def test_a_worker_waits_for_a_redis_that_is_not_up_yet(own_redis: ServerUn
         worker = fleet.start("w1")
         await eventually(lambda: "waiting for Redis" in worker.log.read_text(), limit_s=20, what="it waits")
         assert worker.process.poll() is None
+        await leave_by_ctrl_c(fleet.start("w2"))
         own_redis.restart()
         connection = await Connection.open(own_redis.url)
         assert (await card_of(connection)).served_name == "tiny"
         await connection.close()
+
+
+async def leave_by_ctrl_c(worker: Worker) -> None:
+    await eventually(lambda: "waiting for Redis" in worker.log.read_text(), limit_s=20, what="it waits")
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.process.wait(20) == 0
+    assert worker.log.read_text().endswith("worker.main: stopped before Redis answered\n")
 
 
 def test_what_cannot_be_cured_ends_with_one_line_and_status_2(redis_url: str, tmp_path: Path) -> None:

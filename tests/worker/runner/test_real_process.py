@@ -13,10 +13,17 @@ import torch
 
 from common.job import SamplingParams
 from tests.support import tiny_models
+from worker.model.checkpoint import Checkpoint
+from worker.model.config import read_config
+from worker.model.families import read_spec
+from worker.model.loading import weight_bytes
+from worker.parallel.shard import Shard
 from worker.pipe import Commit, Failed, Progress, Ready, Step, Stop, Submit, encode, read_message
 
 DEADLINE_S = 60.0
 ROOT = Path(__file__).parents[3]
+NUM_RANKS = 2
+LIMIT_NAMES = ["kv_tokens", "max_num_seqs", "max_total_tokens", "max_input_tokens"]
 
 
 class Engine:
@@ -91,6 +98,33 @@ def test_a_tiny_model_loads_reports_and_answers_like_transformers(engine):
             for _ in range(20):
                 sequence = torch.cat((sequence, model(sequence).logits[:, -1:].argmax(-1)), 1)
         assert got[name] == sequence[0, len(ids) :].tolist()
+    engine.send(Stop())
+    assert engine.process.wait(DEADLINE_S) == 0
+    engine.close()
+
+
+def tiny_settings_of_ranks(folder: Path) -> dict:
+    return dict(model_id=str(tiny_models.save("llama", folder)), num_shard=NUM_RANKS)
+
+
+@pytest.mark.parametrize("engine", [tiny_settings_of_ranks], indirect=True)
+def test_ranks_load_and_report_as_one(engine, tmp_path):
+    message, progress = engine.receive(), []
+    while isinstance(message, Progress):
+        progress.append(message)
+        message = engine.receive()
+    assert isinstance(message, Ready), message
+    (spec, family), checkpoint = read_spec(read_config(tmp_path)), Checkpoint(tmp_path)
+    totals = [weight_bytes(spec, family, checkpoint, torch.float32, Shard(r, NUM_RANKS)) for r in range(NUM_RANKS)]
+    assert {report.phase for report in progress} == {"weights"}
+    assert {report.total for report in progress} == {sum(totals)}
+    assert sum(totals) > max(totals), "a rank alone would have said less"
+    done = [report.done for report in progress]
+    assert len(done) > 10
+    assert done == sorted(done)
+    assert done[-1] == sum(totals)
+    assert f"on each of {NUM_RANKS} ranks" in message.reasons[0]
+    assert [reason.split()[0] for reason in message.reasons] == LIMIT_NAMES
     engine.send(Stop())
     assert engine.process.wait(DEADLINE_S) == 0
     engine.close()
