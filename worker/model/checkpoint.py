@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ SHARD_NAME = re.compile(r"-of-0*([2-9]|[1-9]\d+)\.safetensors$")
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold although they follow from the config."""
 
+MASK_DTYPES = ("BOOL", "U8")
+"""Types of causal masks in old checkpoints, which may take more bytes than a small model."""
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -52,11 +55,14 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that holds most of the bytes."""
-        sizes: dict[str, int] = {}
+        """The type that holds most of the bytes, masks aside."""
+        sizes: Counter[str] = Counter()
         for _, entry in self._places.values():
-            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + _num_bytes(entry)
-        name = max(sizes, key=lambda key: sizes[key])
+            sizes[entry["dtype"]] += _num_bytes(entry)
+        weighty = [name for name, _ in sizes.most_common() if name not in MASK_DTYPES]
+        if not weighty:
+            raise ConfigurationError(f"{self._folder} holds no weights; download the model again")
+        name = weighty[0]
         if name not in STORED_DTYPES:
             raise ConfigurationError(
                 f"{self._folder} stores its weights as {name}, which this version does not run; "
@@ -157,7 +163,7 @@ def files_of_index(index: Path) -> list[Path]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise ConfigurationError(f"{index} is not an index of weight files") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ConfigurationError(f"{index} names files outside its folder")
@@ -174,15 +180,29 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigurationError: if the file is damaged or shorter than its header says.
     """
+    content = _header_bytes(path)
     try:
-        header = json.loads(_header_bytes(path))
+        header = json.loads(content)
         header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values() if entry["dtype"] and entry["shape"] is not None]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        if not all(map(_is_entry, header.values())):
+            raise ValueError("the header describes something other than tensors")
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise ConfigurationError(f"{path} is not a safetensors file") from error
-    if path.stat().st_size < 8 + len(_header_bytes(path)) + max(ends, default=0):
+    if path.stat().st_size < 8 + len(content) + max((entry["data_offsets"][1] for entry in header.values()), default=0):
         raise ConfigurationError(f"{path} is shorter than its header says; download it again")
     return dict(header)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it has the type of a tensor, its shape, and the bytes between which it lies."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    return _are_integers(shape) and _are_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]
+
+
+def _are_integers(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _header_bytes(path: Path) -> bytes:

@@ -67,11 +67,35 @@ def test_damaged_files_are_refused(folder):
             Checkpoint(folder)
 
 
+ENTRY = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("[" * 10_000, f'{{"a": {"9" * 5000}}}', "[]", '{"a": 1}', '{"__metadata__": 1, "a": []}'),
+        *(json.dumps({"a": ENTRY | change}) for change in ({"dtype": ["F32"]}, {"dtype": None}, {"shape": 2})),
+        *(json.dumps({"a": ENTRY | {"shape": shape}}) for shape in ([None], ["2"], None)),
+        *(json.dumps({"a": ENTRY | {"data_offsets": place}}) for place in ([0], ["0", "8"], [8, 0], [-8, 0], {}, "08")),
+    ],
+)
+def test_headers_that_describe_no_tensors_are_refused(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(ConfigurationError, match="not a safetensors file"):
+        Checkpoint(tmp_path)
+    header = json.dumps({"a": ENTRY})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    assert Checkpoint(tmp_path).dtype is torch.float32
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{}", "not an index"),
         ("[1", "not an index"),
+        ("[" * 10_000, "not an index"),
+        (f'{{"weight_map": {"9" * 5000}}}', "not an index"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "outside"),
         ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors of the index is missing"),
     ],
@@ -86,6 +110,22 @@ def test_integers_are_not_a_type_to_run(folder):
     assert Checkpoint(folder).dtype is torch.float32
     rewrite(folder, lambda tensors: tensors.update({"big": torch.zeros(200_000, dtype=torch.int32)}))
     with pytest.raises(ConfigurationError, match="I32"):
+        _ = Checkpoint(folder).dtype
+
+
+@pytest.mark.parametrize("mask", [torch.bool, torch.uint8])
+def test_masks_are_not_the_type_of_a_small_model(folder, mask):
+    size = Checkpoint(folder).num_bytes
+    rewrite(folder, lambda tensors: tensors.update({"h.0.attn.bias": torch.ones(2 * size, dtype=mask)}))
+    assert Checkpoint(folder).dtype is torch.float32
+
+
+def test_a_checkpoint_of_nothing_but_masks_has_no_type(folder):
+    rewrite(folder, lambda tensors: tensors.clear())
+    with pytest.raises(ConfigurationError, match="holds no weights"):
+        _ = Checkpoint(folder).dtype
+    rewrite(folder, lambda tensors: tensors.update({"mask": torch.ones(9, dtype=torch.bool)}))
+    with pytest.raises(ConfigurationError, match="holds no weights"):
         _ = Checkpoint(folder).dtype
 
 

@@ -103,9 +103,8 @@ def test_each_key_with_each_bad_value_is_read_or_refused(name):
     assert False in outcomes
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_any_model_type_is_known_or_refused(bad):
-    assert not is_read(VALID["llama"] | dict(model_type=bad))
+def test_any_other_model_type_is_refused():
+    assert not any(is_read(VALID["llama"] | dict(model_type=bad)) for bad in BAD)
 
 
 LLAMA = VALID["llama"]
