@@ -34,22 +34,24 @@ ACTIVATIONS = {
 HARMLESS_TEXT = """
 architectures auto_map model_type transformers_version torch_dtype dtype _name_or_path _commit_hash
 initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
-gradient_checkpointing use_cache _attn_implementation_autoset task_specific_params finetuning_task
+gradient_checkpointing use_cache task_specific_params finetuning_task custom_pipelines num_labels _num_labels
+_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled unsloth_fixed unsloth_version
+is_llama_config transformers.js_config max_sequence_length model_max_length max_new_tokens
 bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
 return_dict id2label label2id problem_type tokenizer_class prefix output_attentions output_hidden_states
 chunk_size_feed_forward is_encoder_decoder is_decoder max_length min_length do_sample num_beams num_beam_groups
 temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size diversity_penalty
 early_stopping num_return_sequences encoder_no_repeat_ngram_size begin_suppress_tokens suppress_tokens
 bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-tf_legacy_loss use_bfloat16 torchscript pruned_heads
+tf_legacy_loss use_bfloat16 torchscript output_past n_special predict_special_tokens
 summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 dropout activation_dropout layerdrop emb_pdrop embed_dropout embedding_dropout resid_dropout residual_dropout
 classifier_dropout hidden_dropout_prob attention_probs_dropout_prob init_std attention_softmax_in_fp32
 scale_attention_softmax_in_fp32 router_aux_loss_coef output_router_logits router_jitter_noise input_jitter_noise
 cache_implementation
 """
-"""Notes about the file and its training; token ids, which the tokenizer and the generation config decide; and defaults
-that old versions of transformers wrote into every file."""
+"""Notes about the file, its training and tools that it went through; token ids, which the tokenizer and the generation
+config decide; and defaults that old versions of transformers wrote into every file."""
 
 HARMLESS = frozenset(HARMLESS_TEXT.split())
 """Keys that change nothing about the forward pass."""

@@ -69,6 +69,15 @@ def test_a_key_that_nobody_understands_is_named(key, value):
         ("torch_dtype", "bfloat16"),
         ("pretraining_tp", 1),
         ("architectures", ["LlamaForCausalLM"]),
+        # what tools and old versions left in files of released models
+        ("max_sequence_length", 2048),
+        ("is_llama_config", True),
+        ("transformers.js_config", {"kv_cache_dtype": {"fp16": "float16"}}),
+        ("unsloth_fixed", True),
+        ("unsloth_version", "2024.9"),
+        ("_flash_attn_2_enabled", True),
+        ("_attn_implementation", "eager"),
+        ("max_new_tokens", 512),
     ],
 )
 def test_keys_that_say_nothing_pass(key, value):

@@ -103,6 +103,20 @@ def test_configs_of_the_hub_are_understood(name):
     assert {key: getattr(found, key) for key in sizes | expected} == sizes | expected
 
 
+OLD_NOTES = [
+    (hub.GPT2, dict(n_special=0, predict_special_tokens=True)),
+    (hub.GPT2, dict(output_past=True)),
+    (hub.GPT2, dict(_num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})),
+    (hub.PYTHIA_70M, dict(custom_pipelines={"text-generation": {"impl": "instruct_pipeline.Pipeline"}})),
+]
+"""As in the medium, the largest and the distilled GPT-2, and in Dolly."""
+
+
+@pytest.mark.parametrize(("config", "notes"), OLD_NOTES)
+def test_notes_of_old_files_mean_nothing(config, notes):
+    assert spec(config, **notes) == spec(config)
+
+
 BILLIONS = {
     "gpt2": 0.124,
     "starcoder": 15.5,

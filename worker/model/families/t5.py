@@ -10,9 +10,6 @@ from worker.model.spec import Activation, T5Spec
 MAX_DISTANCE = 1 << 16
 """A bound on the table of biases; models have 128."""
 
-HARMLESS = ("dropout_rate", "classifier_dropout", "initializer_factor", "output_past")
-"""Keys of these configs that concern training or the file."""
-
 
 def _stack_names(stack: str, mlp_layer: int) -> dict[str, str]:
     attention, mlp = f"{stack}.block.{{i}}.layer.0", f"{stack}.block.{{i}}.layer.{mlp_layer}"
@@ -65,8 +62,7 @@ def _build(config: ConfigReader, model_type: str, feed_forward: str, is_scaled: 
     num_encoder_layers = config.integer("num_layers")
     activation, is_gated = _feed_forward(config, feed_forward)
     num_buckets, max_distance = _buckets(config)
-    for name in HARMLESS:
-        config.get(name)
+    config.ignore("dropout_rate", "initializer_factor")
     return T5Spec(
         model_type=model_type,
         num_encoder_layers=num_encoder_layers,
