@@ -231,11 +231,16 @@ def _load_layer(spec: Spec, builder: Builder, layer: int) -> LayerWeights:
 
 
 def _load_norm(spec: Spec, builder: Builder, key: str, layer: int = 0) -> NormWeights:
-    size, dtype = spec.hidden_size, torch.float32 if spec.norm_plus_one else None
-    weight = builder.vector(key, size, layer, dtype=dtype)
+    size = spec.hidden_size
+    weight = builder.vector(key, size, layer, dtype=_norm_dtype(spec))
     if spec.norm_plus_one:
         weight += 1.0
     return NormWeights(weight, builder.vector(key, size, layer, "bias") if spec.norm_bias else None)
+
+
+def _norm_dtype(spec: Spec) -> torch.dtype | None:
+    """That of weights of norms, where it is not that of all weights."""
+    return torch.float32 if spec.wide_norm else None
 
 
 # Queries, keys and values.
@@ -304,7 +309,6 @@ def _load_qk_norm(spec: Spec, builder: Builder, layer: int) -> NormWeights:
 
 def _qk_norm_heads(spec: Spec, builder: Builder, layer: int, kind: str) -> Tensor:
     """[query heads + key heads, head_dim] of the rank. Stored is one head for all, every head, or all in a row."""
-    dtype = torch.float32 if spec.norm_plus_one else None
     parts = []
     for key, num_heads, heads in (
         ("q_norm", spec.num_heads, builder.shard.heads(spec.num_heads)),
@@ -317,7 +321,7 @@ def _qk_norm_heads(spec: Spec, builder: Builder, layer: int, kind: str) -> Tenso
             part = Part((num_heads, spec.head_dim), [heads], range(spec.head_dim))
         else:
             part = Part((spec.head_dim,), [range(spec.head_dim)])
-        stored = builder.fill([Piece(key, part, layer)], kind, dtype)
+        stored = builder.fill([Piece(key, part, layer)], kind, _norm_dtype(spec))
         parts.append(stored.view(-1, spec.head_dim).expand(len(heads), -1))
     result = torch.cat(parts)
     if spec.norm_plus_one and kind == "weight":

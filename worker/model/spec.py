@@ -131,7 +131,9 @@ class Spec:
     attention_softcap, logit_softcap
                         c * tanh(x / c) on scores and logits
     clip_qkv            queries, keys and values are clamped to its negative and itself
-    norm_plus_one       the weight of a norm is what is stored plus one, and multiplies in float32
+    norm_plus_one       the weight of a norm is what is stored plus one
+    wide_norm           norms multiply by their weights in float32 and round once, as the model was trained; the others
+                        round before, too
     embedding_size      width of the embedding where it is not hidden_size: two projections stand between
     embedding_norm      a norm stands behind the embedding; final_norm: one before the head
     embedding_scale, residual_scale, logit_scale
@@ -156,6 +158,7 @@ class Spec:
     norm: Norm = Norm.RMS
     norm_bias: bool = False
     norm_plus_one: bool = False
+    wide_norm: bool = False
     residual: Residual = Residual.SEQUENTIAL
     qk_norm: QkNorm = QkNorm.NONE
     position_offset: int | None = None

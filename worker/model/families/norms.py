@@ -30,6 +30,7 @@ def _gemma_like(config: ConfigReader, model_type: str, **differences: Any) -> Sp
         config,
         model_type,
         norm_plus_one=True,
+        wide_norm=True,
         embedding_scale=config.integer("hidden_size") ** 0.5,
         **llama_biases(config),
         **differences,
@@ -146,8 +147,15 @@ def _olmo3(config: ConfigReader) -> Spec:
 
 def _olmo_like(config: ConfigReader, model_type: str, **differences: Any) -> Spec:
     config.assume(rms_norm_eps=1e-5)
-    biases = llama_biases(config)
-    return llama_like(config, model_type, residual=Residual.OUTPUT, qk_norm=QkNorm.FULL, **biases, **differences)
+    return llama_like(
+        config,
+        model_type,
+        wide_norm=True,
+        residual=Residual.OUTPUT,
+        qk_norm=QkNorm.FULL,
+        **llama_biases(config),
+        **differences,
+    )
 
 
 def _exaone4(config: ConfigReader) -> Spec:
