@@ -41,6 +41,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def say(text: str) -> None:
+    """One line for people; when nobody reads any more (`| head`), the fleet serves on in silence."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @dataclass(slots=True)
 class Child:
     """One process of the fleet. `on_death` runs each time it was reaped, before it is started again."""
@@ -73,7 +82,7 @@ class Child:
         assert self.process is not None and self.process.stdout is not None
         async for line in self.process.stdout:
             self.last_line = line.decode(errors="replace").rstrip()
-            sys.stdout.write(f"{self.name:<4}| {self.last_line}\n")
+            say(f"{self.name:<4}| {self.last_line}")
 
     def send(self, signal_number: int) -> None:
         if self.process is not None and self.process.returncode is None:
@@ -141,11 +150,11 @@ class Launcher:
         if self.settings.fresh:
             num_jobs = await fleet.drop_unfinished()
             if num_jobs:
-                self._say(f"{num_jobs} jobs of the last run dropped")
+                say(f"{num_jobs} jobs of the last run dropped")
             return
         num_jobs = await fleet.count_unfinished()
         if num_jobs:
-            self._say(f"{num_jobs} jobs of the last run: resumed (`--fresh` drops them)")
+            say(f"{num_jobs} jobs of the last run: resumed (`--fresh` drops them)")
 
     def _plan_children(self, redis_url: str) -> None:
         model_id, names = default_model(self.settings.model_id, self.settings.served_model_name)
@@ -186,7 +195,7 @@ class Launcher:
     def _on_signal(self) -> None:
         self.num_signals += 1
         if self.num_signals == 1:
-            self._say("stopping; running answers get time to finish, Ctrl-C again to stop now")
+            say("stopping; running answers get time to finish, Ctrl-C again to stop now")
             self.stopping.set()
             return
         for child in self.children:
@@ -214,7 +223,7 @@ class Launcher:
         if lived_s > HEALTHY_AFTER_S:
             child.back_off_s = FIRST_BACK_OFF_S
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        self._say(f"{child.name} ended with {how}; starting it again in {child.back_off_s:g} s")
+        say(f"{child.name} ended with {how}; starting it again in {child.back_off_s:g} s")
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), child.back_off_s)
         child.back_off_s = min(2 * child.back_off_s, LONGEST_BACK_OFF_S)
@@ -249,12 +258,8 @@ class Launcher:
 
     def _banner(self, model: str) -> None:
         authorization = " -H 'Authorization: Bearer …'" if self.settings.api_key else ""
-        self._say(
+        say(
             f"\n  {model} is served at {self.url}  (open it in a browser for a page to try it)\n\n"
             f"  curl {self.url}/generate -H 'Content-Type: application/json'{authorization} \\\n"
             '    -d \'{"inputs": "What is deep learning?", "parameters": {"max_new_tokens": 64}}\'\n'
         )
-
-    def _say(self, text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -54,3 +56,12 @@ def test_a_taken_port_is_refused_before_anything_starts() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             planned("--port", str(port))._check_ports()
+
+
+def test_a_fleet_whose_output_nobody_reads_goes_on() -> None:
+    program = "import sys; from ops.launcher import say; sys.stdin.readline(); say('one'); say('two'); sys.exit(7)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    process.communicate(b"\n")
+    assert process.returncode == 7

@@ -7,9 +7,9 @@ group ends in any other way than by node 0's word, it comes to node 0 again, who
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
@@ -34,14 +34,14 @@ def run(settings: WorkerSettings) -> int:
     Raises:
         ConfigurationError: model, options or network cannot work; starting again would not help.
     """
+    _leave_on_signals()
     folder = str(find_model(settings))
     return serve_node(settings.model_copy(update={"model_id": folder}))
 
 
 def serve_node(settings: WorkerSettings, rank_command: Sequence[str] = REAL_RANK) -> int:
     """As `run`, with the model's folder known."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    _leave_on_signals()
     was_ever_ready = False
     while True:
         connection, port = come_to_node_0(settings)
@@ -56,9 +56,14 @@ def serve_node(settings: WorkerSettings, rank_command: Sequence[str] = REAL_RANK
         logger.error("the group of node 0 ended; coming to it again")
 
 
+def _leave_on_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+
+
 def _leave(number: int, frame: object) -> NoReturn:
-    """The ranks die with this process, and node 0 hands the jobs to others."""
-    sys.exit(0)
+    """At once, also in the middle of a download: the ranks die with it, and node 0 hands the jobs to others."""
+    os._exit(0)
 
 
 class NodeLeader:

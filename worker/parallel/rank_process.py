@@ -84,7 +84,8 @@ def serve_rank(options: RankOptions, load: LoadDevice) -> int:
         if isinstance(error, RankLost):
             # the process that knows why ends this one, unless nobody does
             time.sleep(LAST_WORDS_S)
-        logger.exception("rank %d cannot go on", rank)
+        if not isinstance(error, ConfigurationError):
+            logger.exception("rank %d cannot go on", rank)
         with suppress(OSError):
             reporter.send(rank, Failed(_sentence(rank, error)))
         return 1
