@@ -21,28 +21,31 @@ class CpuAttention:
         return StepMeta(batch, block_size)
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: StepMeta, layer: LayerShape) -> Tensor:
-        plan, out = meta.plan(layer, q.dtype, q.shape[1], k_pages.shape[2]), torch.empty_like(q)
+        plan = meta.plan(layer, q.dtype, q.shape[1], k_pages.shape[2])
+        if len(plan.groups) == 1 and len(plan.groups[0].tokens) == len(q):
+            return _attend_group(q, k_pages, v_pages, plan.groups[0], layer)
+        out = torch.empty_like(q)
         for group in plan.groups:
-            _attend_group(q, k_pages, v_pages, group, layer, out)
+            queries = q.index_select(0, group.tokens)
+            out.index_copy_(0, group.tokens, _attend_group(queries, k_pages, v_pages, group, layer))
         for chunk in plan.chunks:
             _attend_chunk(q, k_pages, v_pages, chunk, layer, out)
         return out
 
 
-def _attend_group(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, group: DecodeGroup, layer: LayerShape, out: Tensor
-) -> None:
-    num_rows, num_keys = len(group.tokens), group.mask.shape[-1]
+def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: DecodeGroup, layer: LayerShape) -> Tensor:
+    """`q` [rows of the group, heads, d], as the result."""
+    num_rows, num_keys = len(q), group.mask.shape[-1]
     shape = (num_rows, num_keys, *k_pages.shape[2:])
     k = k_pages.index_select(0, group.blocks).view(shape).transpose(1, 2)
     v = v_pages.index_select(0, group.blocks).view(shape).transpose(1, 2)
     # the query heads that share a kv head stand where the kernel expects a sequence of queries
-    folded = q.index_select(0, group.tokens).view(num_rows, k.shape[1], -1, q.shape[2])
+    folded = q.reshape(num_rows, k.shape[1], -1, q.shape[2])
     if layer.softcap is None:
         result = scaled_dot_product_attention(folded, k, v, attn_mask=group.mask, scale=layer.scale)
     else:
         result = _capped_rows(folded[..., None, :], k, v, group.mask[..., None, :], layer.scale, layer.softcap)
-    out.index_copy_(0, group.tokens, result.reshape(num_rows, *q.shape[1:]))
+    return result.reshape(q.shape)
 
 
 def _attend_chunk(

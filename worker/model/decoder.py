@@ -32,11 +32,12 @@ Turns = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class _Step:
-    """What all layers of a step share: angles by rope, places for keys and values, and attention's own."""
+    """What all layers of a step share: angles by rope, pages of keys and of values by layer, places in them, and
+    attention's own."""
 
     turns: dict[Rope, Turns]
+    pages: list[tuple[Tensor, ...]]
     slots: Tensor
-    pages: Tensor
     meta: Any
 
 
@@ -61,6 +62,7 @@ class Decoder:
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
         self.vocabulary = shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
+        self._normalise = rms_norm if spec.norm is Norm.RMS else layer_norm
         self._frequencies = {
             turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
             for turning in set(filter(None, spec.ropes))
@@ -89,7 +91,8 @@ class Decoder:
             turning: rope.angles(positions, frequencies, x.dtype, turning.amplitude)
             for turning, frequencies in self._frequencies.items()
         }
-        step = _Step(turns, batch.slots, pages, self._attention.prepare(batch, pages.shape[3]))
+        by_layer = [each.unbind() for each in pages.unbind()]
+        step = _Step(turns, by_layer, batch.slots, self._attention.prepare(batch, pages.shape[3]))
         run = self._parallel if self.spec.residual.is_parallel else self._sequential
         for layer, weights in enumerate(self._weights.layers):
             x = run(x, weights, step, layer)
@@ -137,10 +140,7 @@ class Decoder:
         return x + (part if self.spec.residual_scale == 1.0 else part * self.spec.residual_scale)
 
     def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
-        if weights is None:
-            return x
-        normalise = rms_norm if self.spec.norm is Norm.RMS else layer_norm
-        return normalise(x, weights, self.spec.norm_eps)
+        return x if weights is None else self._normalise(x, weights, self.spec.norm_eps)
 
     def _feed_forward(self, x: Tensor, weights: LayerWeights) -> Tensor:
         if isinstance(weights.mlp, MoeWeights):
@@ -151,7 +151,7 @@ class Decoder:
     # Attention.
 
     def _attend(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
-        num_heads, num_kv_heads, pages = self._num_heads, self.num_kv_heads, step.pages[layer]
+        num_heads, num_kv_heads = self._num_heads, self.num_kv_heads
         heads = linear(x, weights.qkv).view(len(x), -1, self.spec.head_dim)
         if self.spec.clip_qkv is not None:
             heads = heads.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
@@ -162,9 +162,10 @@ class Decoder:
         if turning is not None:
             turned = rope.rotate(turned, *step.turns[turning])
         q, k = torch.split(turned, [num_heads, num_kv_heads], 1)
-        write_pages(pages[0], k, step.slots)
-        write_pages(pages[1], v, step.slots)
-        attended = self._attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
+        k_pages, v_pages = step.pages[layer]
+        write_pages(k_pages, k, step.slots)
+        write_pages(v_pages, v, step.slots)
+        attended = self._attention.attend(q, k_pages, v_pages, step.meta, self._shapes[layer])
         return linear(attended.flatten(1), weights.out)
 
     def _normalise_qk(self, heads: Tensor, weights: NormWeights) -> Tensor:

@@ -25,8 +25,9 @@ def rms_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
     """
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    narrow = wide if weights.weight.dtype is torch.float32 else wide.to(x.dtype)
-    return (narrow * weights.weight).to(x.dtype)
+    if weights.weight.dtype is torch.float32:
+        return (wide * weights.weight).to(x.dtype)
+    return wide.to(x.dtype) * weights.weight
 
 
 def layer_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
