@@ -63,6 +63,7 @@ class Decoder:
         self.vocabulary = shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
         self._normalise = rms_norm if spec.norm is Norm.RMS else layer_norm
+        self._wide = torch.promote_types(self.dtype, torch.float32)
         self._frequencies = {
             turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
             for turning in set(filter(None, spec.ropes))
@@ -88,7 +89,7 @@ class Decoder:
         """
         x = self._embed(tokens, positions)
         turns = {
-            turning: rope.angles(positions, frequencies, x.dtype, turning.amplitude)
+            turning: rope.angles(positions, frequencies, self._wide, turning.amplitude)
             for turning, frequencies in self._frequencies.items()
         }
         by_layer = [each.unbind() for each in pages.unbind()]

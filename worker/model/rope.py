@@ -74,9 +74,11 @@ def _blend(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:
 
 
 def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> tuple[Tensor, Tensor]:
-    """`amplitude` times cosine and sine for `positions` [t], each [t, 1, rotary dim / 2] of `dtype`, computed in
-    float32."""
-    radians = positions.to(torch.float32)[:, None, None] * frequencies
+    """`amplitude` times cosine and sine for `positions` [t], each [t, 1, rotary dim] of `dtype`, computed in float32.
+
+    The first half is for angles turned the other way round, which is what `rotate` needs.
+    """
+    radians = positions.to(torch.float32)[:, None, None] * torch.cat((-frequencies, frequencies))
     cos, sin = radians.cos(), radians.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
@@ -84,8 +86,9 @@ def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the halves of the first elements of every head of `x` [t, heads, head_dim] against each other."""
-    size = 2 * cos.shape[-1]
-    first, second = x[..., :size].chunk(2, -1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned if size == x.shape[-1] else (*turned, x[..., size:]), -1)
+    """Turn the halves of the first elements of every head of `x` [t, heads, head_dim] against each other, in the type
+    of `cos` and `sin`."""
+    size = cos.shape[-1]
+    wide = x[..., :size].to(cos.dtype)
+    turned = torch.addcmul(wide * cos, wide.roll(size // 2, -1), sin).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
