@@ -94,6 +94,19 @@ class SamplingParams:
     logprob_kind: LogprobKind = LogprobKind.PROCESSED
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter as jobs carry it, so that any worker can go on with them.
+
+    `name` is what clients say; `source` a folder or `owner/name[@revision]` of a hub; `digest` 32 hex digits that stand
+    for its configuration and weights.
+    """
+
+    name: str
+    source: str
+    digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One accepted generation request. `view` holds whatever the gateway's formats need to render its answer again.
@@ -115,6 +128,7 @@ class Job:
     idempotency_key: str = ""
     body_hash: str = ""
     cache_salt: str = ""
+    adapter: Adapter | None = None
     view: dict[str, Any] = field(default_factory=dict)
 
 

@@ -220,7 +220,13 @@ class WorkerSettings(CommonSettings):
     quantize: str | None = option(None, "quantisation scheme", "quantize", "quantization")
     kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
     speculate: int = option(0, "length of speculated n-grams", "speculate")
-    lora_adapters: Names = option([], "adapters as name=path", "lora_adapters")
+    lora_adapters: Names = option(
+        [],
+        "adapters in PEFT's format, as name=folder, name=owner/name or owner/name of a hub; @revision may follow",
+        "lora_adapters",
+    )
+    max_loras: Annotated[int, Field(gt=0, le=256)] = option(8, "different adapters in one batch", "max_loras")
+    max_lora_rank: Annotated[int, Field(gt=0, le=1024)] = option(64, "largest rank of an adapter", "max_lora_rank")
     rope_scaling: Literal["linear", "dynamic"] | None = option(
         None,
         "how rope is stretched, whatever the config says; linear where only --rope-factor is given",

@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 
 from common.errors import WireError
-from common.job import Dialect, Job, LogprobKind, PenaltyKind, Priority, SamplingParams, TokenColumns, TopToken
+from common.job import Adapter, Dialect, Job, LogprobKind, PenaltyKind, Priority, SamplingParams, TokenColumns, TopToken
 
 VERSION = 1
 MAX_BYTES = 64 * 1024 * 1024
@@ -58,6 +58,15 @@ def params_of(fields: dict[str, Any]) -> SamplingParams:
     )
 
 
+def adapter_of(fields: dict[str, Any] | None) -> Adapter | None:
+    """An adapter out of the plain values that `asdict` makes of it.
+
+    Raises:
+        TypeError: if they are something else.
+    """
+    return None if fields is None else Adapter(**fields)
+
+
 def encode_job(job: Job) -> bytes:
     """The body a worker reads: everything of the job but its rendering view, which stays in the record."""
     fields = {key: value for key, value in asdict(job).items() if key != "view"}
@@ -76,6 +85,7 @@ def decode_job(data: bytes) -> Job:
             "params": params_of(fields["params"]),
             "dialect": Dialect(fields["dialect"]),
             "priority": Priority(fields["priority"]),
+            "adapter": adapter_of(fields.get("adapter")),
         }
         return Job(**fields)
     except (KeyError, TypeError, ValueError) as error:

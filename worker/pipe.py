@@ -4,6 +4,7 @@ agent -> engine                                 engine -> agent
   Submit   start (or go on with) a request        Progress  bytes loaded so far
   Abort    drop these requests                    Ready     the model is loaded, with its limits
   Commit   steps up to here are on Redis          Step      tokens and ends of one engine step, with counters
+  CheckAdapter  does it fit the model?            AdapterChecked  its digest, or why it does not
   Stop     leave when told                        Failed    one sentence why the engine cannot go on
 """
 
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 
 from common import wire
 from common.errors import WireError
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
 
 HEADER = struct.Struct("<I")
 
@@ -26,7 +27,8 @@ class Submit:
     encoder-decoder model the encoder reads the prompt, again if need be, and the decoder prefills start + output.
 
     (request_id, epoch) names one run of a job: a late answer of an older run is told apart by its epoch.
-    `is_suspect`: a job that saw a worker die runs its first step without new company.
+    `is_suspect`: a job that saw a worker die runs its first step without new company. The source of an `adapter` is a
+    local folder here.
     """
 
     request_id: str
@@ -37,6 +39,26 @@ class Submit:
     eos_token_ids: list[int]
     cache_salt: str = ""
     is_suspect: bool = False
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckAdapter:
+    """Compare what the folder `source` holds with the model. `name` is for the sentence on what is wrong."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChecked:
+    """`digest` is that of `common.job.Adapter`, `rank` its largest; `error` one sentence, "" when the adapter fits."""
+
+    name: str
+    source: str
+    digest: str
+    rank: int
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +147,10 @@ class Failed:
     message: str
 
 
-Message = Submit | Abort | Commit | Stop | Progress | Ready | Step | Failed
+Message = Submit | Abort | Commit | CheckAdapter | Stop | Progress | Ready | Step | AdapterChecked | Failed
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Submit, Abort, Commit, Stop, Progress, Ready, Step, Failed)
+    kind.__name__: kind
+    for kind in (Submit, Abort, Commit, CheckAdapter, Stop, Progress, Ready, Step, AdapterChecked, Failed)
 }
 
 
@@ -148,6 +171,7 @@ def decode(body: bytes) -> Message:
         name, fields = wire.unpack(body)
         if name == "Submit":
             fields["params"] = wire.params_of(fields["params"])
+            fields["adapter"] = wire.adapter_of(fields["adapter"])
         if name == "Step":
             fields["runs"] = [_run(run) for run in fields["runs"]]
         message: Message = KINDS[name](**fields)

@@ -9,11 +9,13 @@ import pytest
 
 from common import wire
 from common.errors import WireError
-from common.job import LogprobKind, PenaltyKind, SamplingParams
+from common.job import Adapter, LogprobKind, PenaltyKind, SamplingParams
 from worker.pipe import (
     HEADER,
     KINDS,
     Abort,
+    AdapterChecked,
+    CheckAdapter,
     Commit,
     Failed,
     Progress,
@@ -47,7 +49,10 @@ MESSAGES = [
         eos_token_ids=[7],
         cache_salt="t",
         is_suspect=True,
+        adapter=Adapter("a", "/adapters/a", "0f" * 16),
     ),
+    CheckAdapter("a", "/adapters/a"),
+    AdapterChecked("a", "/adapters/a", "0f" * 16, 8, ""),
     Abort(["a", "b"]),
     Commit(12),
     Stop(),
