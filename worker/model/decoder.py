@@ -21,10 +21,10 @@ from torch import Tensor
 
 from worker.attention import Attention, Batch, LayerShape, write_pages
 from worker.model import rope
-from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, linear, mlp, rms_norm, softcap
+from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, mlp, rms_norm, softcap
 from worker.model.moe import mixture
 from worker.model.spec import Norm, QkNorm, Residual, Rope, Spec
-from worker.model.weights import DecoderWeights, LayerWeights, MoeWeights, NormWeights
+from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MoeWeights, NormWeights
 from worker.parallel.group import Alone, Group
 
 Turns = tuple[Tensor, Tensor]
@@ -55,7 +55,7 @@ class Decoder:
         group: Group | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.spec, self._weights, self._attention = spec, weights, attention
+        self.spec, self.dtype, self._weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         shard = self.group.shard
         self._num_heads = len(shard.heads(spec.num_heads))
@@ -71,10 +71,6 @@ class Decoder:
         # the factor was rounded to the type of the weights when such models were trained
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype)
         self._shapes = self._layer_shapes()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weights.embed.dtype
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -115,7 +111,7 @@ class Decoder:
         x = self._norm(x, weights.final_norm)
         if weights.project_out is not None:
             x = F.linear(x, weights.project_out)
-        logits = linear(x, weights.head)
+        logits = weights.head(x)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         return logits if spec.logit_softcap is None else softcap(logits, spec.logit_softcap)
@@ -153,7 +149,7 @@ class Decoder:
 
     def _attend(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
         num_heads, num_kv_heads = self._num_heads, self.num_kv_heads
-        heads = linear(x, weights.qkv).view(len(x), -1, self.spec.head_dim)
+        heads = weights.qkv(x).view(len(x), -1, self.spec.head_dim)
         if self.spec.clip_qkv is not None:
             heads = heads.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
         turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
@@ -167,7 +163,7 @@ class Decoder:
         write_pages(k_pages, k, step.slots)
         write_pages(v_pages, v, step.slots)
         attended = self._attention.attend(q, k_pages, v_pages, step.meta, self._shapes[layer])
-        return linear(attended.flatten(1), weights.out)
+        return weights.out(attended.flatten(1))
 
     def _normalise_qk(self, heads: Tensor, weights: NormWeights) -> Tensor:
         if self.spec.qk_norm is QkNorm.HEAD:
@@ -191,13 +187,13 @@ class Decoder:
         return [by_window[window] for window in spec.windows]
 
 
-def vocabulary_parallel_embedding(tokens: Tensor, table: Tensor, mine: range, group: Group) -> Tensor:
+def vocabulary_parallel_embedding(tokens: Tensor, table: Embedding, mine: range, group: Group) -> Tensor:
     """Look up [t] tokens in a table of which each rank holds some rows, [t, width]."""
     if group.shard.size == 1:
-        return F.embedding(tokens, table)
+        return table(tokens)
     local = tokens - mine.start
     is_mine = (local >= 0) & (local < len(mine))
-    found = F.embedding(local.clamp(0, len(mine) - 1), table)
+    found = table(local.clamp(0, len(mine) - 1))
     return group.all_reduce(found.masked_fill_(~is_mine[:, None], 0.0))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic that every architecture shares: products, norms, activations."""
+"""The arithmetic that every architecture shares: norms, activations, feed-forward networks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.model.spec import Activation
-from worker.model.weights import Linear, MlpWeights, NormWeights
-
-
-def linear(x: Tensor, layer: Linear) -> Tensor:
-    """[..., in] -> [..., out]."""
-    return F.linear(x, layer.weight, layer.bias)
+from worker.model.weights import MlpWeights, NormWeights
 
 
 def rms_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
@@ -52,11 +47,11 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 def mlp(x: Tensor, weights: MlpWeights, activation: Callable[[Tensor], Tensor], *, is_gated: bool) -> Tensor:
     """The feed-forward network of one rank, whose results ranks add up. [t, hidden] -> [t, hidden]."""
-    inner = linear(x, weights.up)
+    inner = weights.up(x)
     if not is_gated:
-        return linear(activation(inner), weights.down)
+        return weights.down(activation(inner))
     gate, up = inner.chunk(2, -1)
-    return linear(activation(gate) * up, weights.down)
+    return weights.down(activation(gate) * up)
 
 
 def softcap(x: Tensor, limit: float) -> Tensor:

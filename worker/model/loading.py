@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from worker.model.families.base import Family, QkvLayout
+from worker.model.moe import ListedExperts, StackedExperts
+from worker.model.quant.linear import Int8Embedding, Int8Linear, SideBySide, linear_of
+from worker.model.quant.matrix import QuantisedMatrix, stacked
+from worker.model.quant.rounding import int8_by_row
+from worker.model.quant.scheme import NOT_QUANTISED, MakeQuantised, Quantisation
 from worker.model.spec import Moe, QkNorm, Residual, Rope, Spec
 from worker.model.weights import (
     DecoderWeights,
+    DenseEmbedding,
+    DenseLinear,
+    Embedding,
+    Experts,
     LayerWeights,
     Linear,
     MlpWeights,
@@ -21,6 +31,7 @@ from worker.model.weights import (
     NormWeights,
     Part,
     TensorSource,
+    num_bytes_of,
 )
 from worker.parallel.shard import WHOLE, Shard
 
@@ -45,47 +56,67 @@ class _SizesOnly:
     def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """`part` of the tensor that our `key` stands for, in `layer`, of `expert`."""
+    """`part` of the tensor that our `key` stands for, in `layer`, of `expert`. With `order` int64 [rows] its rows come
+    in that order."""
 
     key: str
     part: Part
     layer: int = 0
     expert: int = 0
+    order: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Builder:
-    """Allocates fused tensors of one rank and has the source fill their parts."""
+    """Makes the fused weights of one rank of the parts that a source has."""
 
     family: Family
     source: TensorSource
     dtype: torch.dtype
     shard: Shard = WHOLE
+    quantisation: Quantisation = NOT_QUANTISED
     on_progress: Callable[[int], None] = field(default=lambda num_bytes: None)
 
     def has(self, key: str) -> bool:
-        return self.source.has(self.name(key) + ".weight")
+        return self._is_there(self.name(key))
 
     def name(self, key: str, layer: int = 0, expert: int = 0) -> str:
         """What the checkpoint calls it: the first of the family's names that is there, with its prefix or without."""
         names = self.family.candidates(key, layer, expert)
-        return next((name for name in names if self.source.has(name + ".weight")), names[0])
+        return next(filter(self._is_there, names), names[0])
+
+    def _is_there(self, name: str) -> bool:
+        return self.source.has(name + ".weight") or self._is_stored_quantised(name)
+
+    def _is_stored_quantised(self, name: str) -> bool:
+        scheme = self.quantisation.scheme
+        return scheme is not None and scheme.has(self.source, name)
+
+    # Tensors.
 
     def fill(self, pieces: Sequence[Piece], kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor out of pieces, one below the other."""
+        """One tensor with the rows of all pieces, one below the other."""
+        target = self._filled(pieces, kind, dtype or self.dtype)
+        self.on_progress(num_bytes_of(target))
+        return target
+
+    def _filled(self, pieces: Sequence[Piece], kind: str, dtype: torch.dtype) -> Tensor:
         columns = pieces[0].part.columns
         num_rows = sum(piece.part.num_rows for piece in pieces)
         shape = (num_rows,) if columns is None else (num_rows, len(columns))
-        target = torch.empty(shape, dtype=dtype or self.dtype, device=self.source.device)
-        start = 0
+        target, start = torch.empty(shape, dtype=dtype, device=self.source.device), 0
         for piece in pieces:
-            name = f"{self.name(piece.key, piece.layer, piece.expert)}.{kind}"
-            self.source.copy_into(name, target[start : start + piece.part.num_rows], piece.part)
-            start += piece.part.num_rows
-        self.on_progress(target.numel() * target.itemsize)
+            rows = target[start : start + piece.part.num_rows]
+            self.source.copy_into(f"{self._name_of(piece)}.{kind}", rows, piece.part)
+            if piece.order is not None and not target.is_meta:
+                rows.copy_(rows[piece.order])
+            start += len(rows)
         return target
+
+    def _name_of(self, piece: Piece) -> str:
+        return self.name(piece.key, piece.layer, piece.expert)
 
     def vector(
         self, key: str, size: int, layer: int = 0, kind: str = "weight", dtype: torch.dtype | None = None
@@ -96,33 +127,133 @@ class Builder:
         """All of it, on every rank."""
         return self.fill([Piece(key, self.part((num_rows, num_columns)), layer)])
 
-    def vocabulary(self, key: str, vocab_size: int, width: int) -> Tensor:
-        """The rank's rows of an embedding or a head."""
-        return self.fill([Piece(key, Part((vocab_size, width), [self.shard.bounds(vocab_size)], range(width)))])
-
     def part(self, shape: tuple[int, int], rows: Sequence[range] | None = None, columns: range | None = None) -> Part:
         """Of a matrix that families with transposed weights store the other way round; all of it by default."""
         everything = [range(shape[0])], range(shape[1])
         return Part(shape, rows or everything[0], columns or everything[1], self.family.is_transposed)
 
-    def split_by_rows(self, keys: Sequence[str], shape: tuple[int, int], layer: int, *, has_bias: bool) -> Linear:
-        """Products of one input, fused; each rank computes its part of every one's output."""
-        rows = [self.shard.bounds(shape[0])]
-        weight = self.fill([Piece(key, self.part(shape, rows), layer) for key in keys])
-        return Linear(weight, self.fill(self._vectors(keys, shape[0], rows, layer), "bias") if has_bias else None)
+    def width(self, total: int) -> range:
+        """The rank's part of an inner width, cut between groups of quantised columns where that is possible."""
+        unit = self.quantisation.unit
+        if total % unit or total // unit < self.shard.size:
+            return self.shard.bounds(total)
+        bounds = self.shard.bounds(total // unit)
+        return range(bounds.start * unit, bounds.stop * unit)
+
+    # Products.
+
+    def linear(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> Linear:
+        """The product with the rows of all pieces, one below the other."""
+        weights = self._weights(pieces)
+        num_rows = [weight.shape[0] for weight in weights]
+        biases = [None] * len(weights) if bias is None else torch.split(bias, num_rows)
+        products = [self._product(*pair) for pair in zip(weights, biases, strict=True)]
+        return products[0] if len(products) == 1 else SideBySide(tuple(products))
+
+    def experts(self, pieces: Sequence[Sequence[Piece]]) -> Experts:
+        """A product for each expert, with the rows of its pieces."""
+        flat = [piece for own in pieces for piece in own]
+        if any(map(self._is_quantised, flat)):
+            return ListedExperts(tuple(self.linear(own) for own in pieces))
+        stacked = self.fill(flat)
+        return StackedExperts(stacked.view(len(pieces), -1, stacked.shape[1]))
+
+    def _is_quantised(self, piece: Piece) -> bool:
+        return self.quantisation.make is not None or self._is_stored_quantised(self._name_of(piece))
+
+    def _weights(self, pieces: Sequence[Piece]) -> list[Tensor | QuantisedMatrix]:
+        """The rows of all pieces, as few matrices as their kinds allow."""
+        weights: list[Tensor | QuantisedMatrix] = []
+        for is_quantised, group in groupby(pieces, self._is_quantised):
+            run = list(group)
+            weights += stacked(map(self._quantised, run)) if is_quantised else [self.fill(run)]
+        return weights
+
+    def _quantised(self, piece: Piece) -> QuantisedMatrix:
+        part, scheme = piece.part, self.quantisation.scheme
+        assert part.columns is not None
+        if scheme is not None:
+            matrix = scheme.read(self.source, self._name_of(piece), part)
+        else:
+            matrix = self._made(piece, self.quantisation.make or int8_by_row).columns(part.columns)
+        if len(part.columns) < part.shape[1]:
+            matrix = matrix.only_used_groups()
+        # what is made of whole rows has them in order already
+        return matrix if piece.order is None or scheme is None else matrix.rows(piece.order)
+
+    def _made(self, piece: Piece, make: MakeQuantised) -> QuantisedMatrix:
+        """Out of whole rows: every number of ranks is to get the same model."""
+        part = replace(piece.part, columns=range(piece.part.shape[1]))
+        return make(self._filled([replace(piece, part=part)], "weight", torch.float32))
+
+    def _product(self, weight: Tensor | QuantisedMatrix, bias: Tensor | None) -> Linear:
+        if isinstance(weight, Tensor):
+            return DenseLinear(weight, bias)
+        product = linear_of(weight, bias, self.dtype)
+        self.on_progress(product.num_bytes - num_bytes_of(bias))
+        return product
+
+    def split_by_rows(
+        self, keys: Sequence[str], shape: tuple[int, int], rows: range, layer: int, *, has_bias: bool
+    ) -> Linear:
+        """Products of one input, fused; the rank computes `rows` of every one's output."""
+        vectors = [Piece(key, Part((shape[0],), [rows]), layer) for key in keys]
+        pieces = [Piece(key, self.part(shape, [rows]), layer) for key in keys]
+        return self.linear(pieces, self.fill(vectors, "bias") if has_bias else None)
 
     def split_by_columns(
         self, key: str, shape: tuple[int, int], columns: range, layer: int, *, has_bias: bool
     ) -> Linear:
         """A product whose partial results ranks add up; the first rank adds the bias."""
-        weight = self.fill([Piece(key, self.part(shape, None, columns), layer)])
         if has_bias and self.shard.rank:
             self.source.skip(self.name(key, layer) + ".bias")
             has_bias = False
-        return Linear(weight, self.vector(key, shape[0], layer, "bias") if has_bias else None)
+        bias = self.vector(key, shape[0], layer, "bias") if has_bias else None
+        return self.linear([Piece(key, self.part(shape, None, columns), layer)], bias)
 
-    def _vectors(self, keys: Sequence[str], size: int, rows: Sequence[range], layer: int) -> list[Piece]:
-        return [Piece(key, Part((size,), rows), layer) for key in keys]
+    # Vocabularies.
+
+    def embedding(self, vocab_size: int, width: int) -> Embedding:
+        """The rank's rows."""
+        piece = self._vocabulary("embed", vocab_size, width)
+        if not self.quantisation.has_int8_embeddings:
+            return DenseEmbedding(self.fill([piece]))
+        matrix = self._made(piece, int8_by_row)
+        embedding = Int8Embedding(matrix.codes, matrix.scale[:, 0].to(self.dtype))
+        self.on_progress(embedding.num_bytes)
+        return embedding
+
+    def head(self, vocab_size: int, width: int, embed: Embedding, bias: Tensor | None = None) -> Linear:
+        """The rank's rows. Whether head and embedding are tied is decided by the checkpoint: without a tensor of its
+        own the head is the embedding, and one with the same numbers shares its memory."""
+        own = self._own_head(self._vocabulary("head", vocab_size, width), bias) if self.has("head") else None
+        tied = _tied_head(embed, bias, self.dtype)
+        return tied if own is None or _is_equal(own, tied) else own
+
+    def _own_head(self, piece: Piece, bias: Tensor | None) -> Linear:
+        if self._is_stored_quantised(self._name_of(piece)):
+            return self.linear([piece], bias)
+        has_8_bits = self.quantisation.has_int8_embeddings
+        return self._product(self._made(piece, int8_by_row) if has_8_bits else self.fill([piece]), bias)
+
+    def _vocabulary(self, key: str, vocab_size: int, width: int) -> Piece:
+        return Piece(key, Part((vocab_size, width), [self.shard.bounds(vocab_size)], range(width)))
+
+
+def _tied_head(embed: Embedding, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    if isinstance(embed, Int8Embedding):
+        return linear_of(embed.matrix, bias, dtype)
+    assert isinstance(embed, DenseEmbedding)
+    return DenseLinear(embed.weight, bias)
+
+
+def _is_equal(one: Linear, other: Linear) -> bool:
+    if isinstance(one, DenseLinear) and isinstance(other, DenseLinear):
+        return not one.weight.is_meta and torch.equal(one.weight, other.weight)
+    if isinstance(one, Int8Linear) and isinstance(other, Int8Linear):
+        is_equal = not one.codes.is_meta and torch.equal(one.codes, other.codes)
+        return is_equal and torch.equal(one.scale, other.scale)
+    return False
 
 
 def load_weights(
@@ -132,21 +263,26 @@ def load_weights(
     dtype: torch.dtype,
     shard: Shard = WHOLE,
     on_progress: ProgressFunction | None = None,
+    quantisation: Quantisation = NOT_QUANTISED,
 ) -> DecoderWeights:
-    """Read one rank's weights as `dtype` on the CPU.
-
-    Whether head and embedding are tied is decided by the checkpoint: without a head tensor they are, with a different
-    one they are not, whatever the config says.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
     """
-    return load_with(partial(_load, spec), Builder(family, source, dtype, shard), on_progress)
+    return load_with(partial(_load, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
 
 
-def weight_bytes(spec: Spec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
+def weight_bytes(
+    spec: Spec,
+    family: Family,
+    source: TensorSource,
+    dtype: torch.dtype,
+    shard: Shard = WHOLE,
+    quantisation: Quantisation = NOT_QUANTISED,
+) -> int:
     """What `load_weights` will take, without taking it."""
-    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard))
+    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard, quantisation))
 
 
 def load_with(
@@ -184,8 +320,9 @@ def _running_total(total: int, on_progress: ProgressFunction) -> Callable[[int],
 def _load(spec: Spec, builder: Builder) -> DecoderWeights:
     width = spec.embedding_size or spec.hidden_size
     is_projected = spec.embedding_size is not None
-    embed = builder.vocabulary("embed", spec.vocab_size, width)
+    embed = builder.embedding(spec.vocab_size, width)
     weights = DecoderWeights(
+        dtype=builder.dtype,
         embed=embed,
         positions=_load_positions(spec, builder),
         embedding_norm=_load_norm(spec, builder, "embedding_norm") if spec.embedding_norm else None,
@@ -207,12 +344,10 @@ def _load_positions(spec: Spec, builder: Builder) -> Tensor | None:
     return builder.fill([Piece("positions", Part(shape, [range(shape[0])], range(shape[1])))])
 
 
-def _load_head(spec: Spec, builder: Builder, embed: Tensor, width: int) -> Linear:
-    weight = builder.vocabulary("head", spec.vocab_size, width) if builder.has("head") else embed
+def _load_head(spec: Spec, builder: Builder, embed: Embedding, width: int) -> Linear:
     rows = [builder.shard.bounds(spec.vocab_size)]
     bias = builder.fill([Piece("head", Part((spec.vocab_size,), rows))], "bias") if spec.head_bias else None
-    is_tied = not weight.is_meta and torch.equal(weight, embed)
-    return Linear(embed if is_tied else weight, bias)
+    return builder.head(spec.vocab_size, width, embed, bias)
 
 
 def _load_layer(spec: Spec, builder: Builder, layer: int) -> LayerWeights:
@@ -247,13 +382,8 @@ def _norm_dtype(spec: Spec) -> torch.dtype | None:
 
 
 def _load_qkv(spec: Spec, builder: Builder, layer: int) -> Linear:
-    weight = builder.fill(_qkv_pieces(spec, builder, layer, spec.hidden_size))
     bias = builder.fill(_qkv_pieces(spec, builder, layer, None), "bias") if spec.qkv_bias else None
-    num_turned = (len(weight) // spec.head_dim) - len(builder.shard.kv_heads(spec.num_kv_heads))
-    for tensor in (weight, bias):
-        if builder.family.is_interleaved and tensor is not None:
-            _straighten(tensor.view(-1, spec.head_dim, *tensor.shape[1:])[:num_turned], spec.ropes[layer])
-    return Linear(weight, bias)
+    return builder.linear(_qkv_pieces(spec, builder, layer, spec.hidden_size), bias)
 
 
 def _qkv_pieces(spec: Spec, builder: Builder, layer: int, num_in: int | None) -> list[Piece]:
@@ -265,7 +395,9 @@ def _qkv_pieces(spec: Spec, builder: Builder, layer: int, num_in: int | None) ->
         total = (spec.num_heads + 2 * spec.num_kv_heads if is_fused else num_heads) * spec.head_dim
         rows = _runs(stored_heads(layout, spec, which, heads), spec.head_dim)
         part = Part((total,), rows) if num_in is None else builder.part((total, num_in), rows)
-        pieces.append(Piece("qkv" if is_fused else which, part, layer))
+        is_turned = builder.family.is_interleaved and which != "v"
+        order = _halves_first(len(heads), spec.head_dim, spec.ropes[layer]) if is_turned else None
+        pieces.append(Piece("qkv" if is_fused else which, part, layer, order=order))
     return pieces
 
 
@@ -293,13 +425,13 @@ def _runs(heads: Sequence[int], head_dim: int) -> list[range]:
     return runs
 
 
-def _straighten(heads: Tensor, rope: Rope | None) -> None:
-    """Reorder `heads` [heads, head_dim, ...] so that rotating halves does what rotating neighbours did before."""
-    if rope is None or heads.is_meta:
-        return
-    size = rope.rotary_dim or heads.shape[1]
-    order = torch.cat((torch.arange(0, size, 2), torch.arange(1, size, 2)))
-    heads[:, :size] = heads[:, order]
+def _halves_first(num_heads: int, head_dim: int, rope: Rope | None) -> Tensor | None:
+    """The order of the rows of so many heads in which rotating halves does what rotating neighbours did before."""
+    if rope is None:
+        return None
+    size = rope.rotary_dim or head_dim
+    order = torch.cat((torch.arange(0, size, 2), torch.arange(1, size, 2), torch.arange(size, head_dim)))
+    return (torch.arange(num_heads)[:, None] * head_dim + order).flatten()
 
 
 def _load_qk_norm(spec: Spec, builder: Builder, layer: int) -> NormWeights:
@@ -326,9 +458,8 @@ def _qk_norm_heads(spec: Spec, builder: Builder, layer: int, kind: str) -> Tenso
     result = torch.cat(parts)
     if spec.norm_plus_one and kind == "weight":
         result += 1.0
-    if builder.family.is_interleaved:
-        _straighten(result, spec.ropes[layer])
-    return result
+    order = _halves_first(1, spec.head_dim, spec.ropes[layer]) if builder.family.is_interleaved else None
+    return result if order is None or result.is_meta else result[:, order]
 
 
 def _load_out(spec: Spec, builder: Builder, layer: int) -> Linear:
@@ -349,28 +480,26 @@ def _load_mlp(spec: Spec, builder: Builder, layer: int) -> MlpWeights | MoeWeigh
 
 def _load_dense(spec: Spec, builder: Builder, layer: int) -> MlpWeights:
     ffn, hidden = spec.ffn_size, spec.hidden_size
-    mine = builder.shard.bounds(ffn)
+    mine = builder.width(ffn)
     down = builder.split_by_columns("down", (hidden, ffn), mine, layer, has_bias=spec.mlp_bias)
     if not spec.is_gated or "gate_up" not in builder.family.names:
         keys = ["gate", "up"] if spec.is_gated else ["up"]
-        return MlpWeights(builder.split_by_rows(keys, (ffn, hidden), layer, has_bias=spec.mlp_bias), down)
+        return MlpWeights(builder.split_by_rows(keys, (ffn, hidden), mine, layer, has_bias=spec.mlp_bias), down)
     rows = [mine, range(ffn + mine.start, ffn + mine.stop)]
-    weight = builder.fill([Piece("gate_up", builder.part((2 * ffn, hidden), rows), layer)])
     bias = builder.fill([Piece("gate_up", Part((2 * ffn,), rows), layer)], "bias") if spec.mlp_bias else None
-    return MlpWeights(Linear(weight, bias), down)
+    return MlpWeights(builder.linear([Piece("gate_up", builder.part((2 * ffn, hidden), rows), layer)], bias), down)
 
 
 def _load_moe(spec: Spec, moe: Moe, builder: Builder, layer: int) -> MoeWeights:
-    hidden, mine = spec.hidden_size, builder.shard.bounds(moe.ffn_size)
+    hidden, mine = spec.hidden_size, builder.width(moe.ffn_size)
     up_part = builder.part((moe.ffn_size, hidden), [mine])
     down_part = builder.part((hidden, moe.ffn_size), None, mine)
     experts = range(moe.num_experts)
-    up = [Piece(key, up_part, layer, expert) for expert in experts for key in ("expert_gate", "expert_up")]
-    down = [Piece("expert_down", down_part, layer, expert) for expert in experts]
+    up = [[Piece(key, up_part, layer, expert) for key in ("expert_gate", "expert_up")] for expert in experts]
     return MoeWeights(
         router=builder.matrix("router", moe.num_experts, hidden, layer),
-        up=builder.fill(up).view(moe.num_experts, -1, hidden),
-        down=builder.fill(down).view(moe.num_experts, hidden, -1),
+        up=builder.experts(up),
+        down=builder.experts([[Piece("expert_down", down_part, layer, expert)] for expert in experts]),
         shared=_load_shared(moe, builder, hidden, layer) if moe.shared_ffn_size else None,
         shared_gate=builder.matrix("shared_gate", 1, hidden, layer) if moe.has_shared_gate else None,
     )
@@ -378,6 +507,6 @@ def _load_moe(spec: Spec, moe: Moe, builder: Builder, layer: int) -> MoeWeights:
 
 def _load_shared(moe: Moe, builder: Builder, hidden: int, layer: int) -> MlpWeights:
     size = moe.shared_ffn_size
-    up = builder.split_by_rows(["shared_gate_proj", "shared_up"], (size, hidden), layer, has_bias=False)
-    mine = builder.shard.bounds(size)
+    mine = builder.width(size)
+    up = builder.split_by_rows(["shared_gate_proj", "shared_up"], (size, hidden), mine, layer, has_bias=False)
     return MlpWeights(up, builder.split_by_columns("shared_down", (hidden, size), mine, layer, has_bias=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from worker.model.layers import mlp
 from worker.model.spec import Moe
-from worker.model.weights import MoeWeights
+from worker.model.weights import Linear, MoeWeights, num_bytes_of
 
 GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPED_ALIGNMENT = 16
@@ -47,27 +49,52 @@ def _experts(
 ) -> Tensor:
     num_tokens, num_active = chosen.shape
     experts, order = chosen.flatten().sort(stable=True)
-    numbers = torch.arange(len(weights.up), device=x.device)
+    numbers = torch.arange(len(weights.router), device=x.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-    gate, up = grouped_product(x[order // num_active], weights.up, ends).chunk(2, -1)
-    parts = grouped_product(activation(gate) * up, weights.down, ends)
+    gate, up = weights.up(x[order // num_active], ends).chunk(2, -1)
+    parts = weights.down(activation(gate) * up, ends)
     # back in the order of tokens, whose parts are then added up without any other token having a say
     sorted_back = torch.empty_like(parts)
     sorted_back[order] = parts
     return (sorted_back.view(num_tokens, num_active, -1) * shares[..., None]).sum(1)
 
 
-def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """`rows` [n, in] from `ends[i - 1]` up to `ends[i]` times the transpose of `matrices[i]` [out, in]: [n, out].
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """`matrices` [experts, out, in], taken as one grouped product where torch has one."""
 
-    Matrices of empty groups are not read.
-    """
-    is_aligned = matrices.shape[2] * matrices.itemsize % GROUPED_ALIGNMENT == 0
-    if is_aligned and rows.dtype in GROUPED_DTYPES:
-        return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
-    result, start = rows.new_empty(len(rows), matrices.shape[1]), 0
-    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+    matrices: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes_of(self.matrices)
+
+    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
+        is_aligned = self.matrices.shape[2] * self.matrices.itemsize % GROUPED_ALIGNMENT == 0
+        if is_aligned and rows.dtype in GROUPED_DTYPES:
+            return F.grouped_mm(rows, self.matrices.transpose(1, 2), offs=ends)
+        return each_group(rows, ends, [partial(F.linear, weight=matrix) for matrix in self.matrices])
+
+
+@dataclass(frozen=True, slots=True)
+class ListedExperts:
+    """One product for each, of any kind."""
+
+    experts: tuple[Linear, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(expert.num_bytes for expert in self.experts)
+
+    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return each_group(rows, ends, self.experts)
+
+
+def each_group(rows: Tensor, ends: Tensor, products: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """What Experts says, one group after the other."""
+    parts, start = [], 0
+    for product, end in zip(products, ends.tolist(), strict=True):
         if end > start:
-            result[start:end] = F.linear(rows[start:end], matrix)
+            parts.append(product(rows[start:end]))
         start = end
-    return result
+    return torch.cat(parts)

@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigurationError
 from worker.attention import Attention, Batch, LayerShape, write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
-from worker.model.layers import ACTIVATION_FUNCTIONS, linear, mlp, rms_norm
+from worker.model.layers import ACTIVATION_FUNCTIONS, mlp, rms_norm
 from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
+from worker.model.quant.scheme import NOT_QUANTISED, Quantisation
 from worker.model.spec import T5Spec
-from worker.model.weights import Linear, MlpWeights, NormWeights, Part, TensorSource
+from worker.model.weights import Embedding, Linear, MlpWeights, NormWeights, Part, TensorSource
 from worker.parallel.group import Alone, Group
 from worker.parallel.shard import WHOLE, Shard
 
@@ -71,31 +71,28 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class T5Weights:
-    """`embed` and `head` are [rank's part of the vocabulary, hidden], the same tensor where they are tied; `crosses`
-    has one entry per layer of the decoder."""
+    """`embed` and `head` have the rank's part of the vocabulary, and share their tensors where they are tied; `crosses`
+    has one entry per layer of the decoder. `dtype` is that of activations."""
 
-    embed: Tensor
+    dtype: torch.dtype
+    embed: Embedding
     encoder: Stack
     decoder: Stack
     crosses: list[CrossLayer]
-    head: Tensor
+    head: Linear
 
 
 class T5:
     """Forward passes of encoder and decoder on one rank. Holds weights, no state of requests."""
 
     def __init__(self, spec: T5Spec, weights: T5Weights, attention: Attention, group: Group | None = None) -> None:
-        self.spec, self._weights, self._attention = spec, weights, attention
+        self.spec, self.dtype, self._weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
         self.vocabulary = self.group.shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
         self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
         self._decoder_shape = LayerShape(scale=1.0, bias=weights.decoder.bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weights.embed.dtype
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -109,7 +106,7 @@ class T5:
         """
         x = self._encoder_output(tokens)
         for layer, cross in enumerate(self._weights.crosses):
-            k, v = linear(x, cross.kv).view(len(x), 2, *pages.shape[-2:]).unbind(1)
+            k, v = cross.kv(x).view(len(x), 2, *pages.shape[-2:]).unbind(1)
             write_pages(pages[layer, 0], k, slots)
             write_pages(pages[layer, 1], v, slots)
 
@@ -129,7 +126,7 @@ class T5:
             x = x + self._attend(x, weights, layer_pages, batch.slots, meta, self._decoder_shape)
             x = x + self._attend_across(x, cross_weights, layer_pages, cross_meta)
             x = x + self._feed_forward(x, weights)
-        return F.linear(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale, self._weights.head)
+        return self._weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
 
     def _encoder_output(self, tokens: Tensor) -> Tensor:
         """[e, hidden]. To attention the whole input is one page."""
@@ -152,17 +149,17 @@ class T5:
     def _attend(
         self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
     ) -> Tensor:
-        heads = linear(self._norm(x, weights.attention_norm), weights.qkv).view(len(x), 3, *pages.shape[-2:])
+        heads = weights.qkv(self._norm(x, weights.attention_norm)).view(len(x), 3, *pages.shape[-2:])
         q, k, v = heads.unbind(1)
         write_pages(pages[0], k, slots)
         write_pages(pages[1], v, slots)
         attended = self._attention.attend(q, pages[0], pages[1], meta, shape)
-        return self.group.all_reduce(linear(attended.flatten(1), weights.out))
+        return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _attend_across(self, x: Tensor, weights: CrossLayer, pages: Tensor, meta: Any) -> Tensor:
-        q = linear(self._norm(x, weights.norm), weights.q).view(len(x), *pages.shape[-2:])
+        q = weights.q(self._norm(x, weights.norm)).view(len(x), *pages.shape[-2:])
         attended = self._attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
-        return self.group.all_reduce(linear(attended.flatten(1), weights.out))
+        return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:
         part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activation, is_gated=self.spec.is_gated)
@@ -179,8 +176,9 @@ def load_t5_weights(
     dtype: torch.dtype,
     shard: Shard = WHOLE,
     on_progress: ProgressFunction | None = None,
+    quantisation: Quantisation = NOT_QUANTISED,
 ) -> T5Weights:
-    """Read one rank's weights as `dtype` on the CPU. The checkpoint decides whether the head is the embedding.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous, which the message names; or for float16.
@@ -190,26 +188,30 @@ def load_t5_weights(
             f"--dtype float16 is too narrow for {spec.model_type}, whose activations overflow it; "
             "choose bfloat16 or float32"
         )
-    return load_with(partial(_load, spec), Builder(family, source, dtype, shard), on_progress)
+    return load_with(partial(_load, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
 
 
 def t5_weight_bytes(
-    spec: T5Spec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard = WHOLE
+    spec: T5Spec,
+    family: Family,
+    source: TensorSource,
+    dtype: torch.dtype,
+    shard: Shard = WHOLE,
+    quantisation: Quantisation = NOT_QUANTISED,
 ) -> int:
     """What `load_t5_weights` will take, without taking it."""
-    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard))
+    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard, quantisation))
 
 
 def _load(spec: T5Spec, builder: Builder) -> T5Weights:
-    embed = builder.vocabulary("embed", spec.vocab_size, spec.hidden_size)
-    head = builder.vocabulary("head", spec.vocab_size, spec.hidden_size) if builder.has("head") else embed
-    is_tied = not head.is_meta and torch.equal(head, embed)
+    embed = builder.embedding(spec.vocab_size, spec.hidden_size)
     weights = T5Weights(
+        dtype=builder.dtype,
         embed=embed,
         encoder=_load_stack(spec, builder, "encoder", spec.num_encoder_layers, is_causal=False),
         decoder=_load_stack(spec, builder, "decoder", spec.num_layers, is_causal=True),
         crosses=[_load_cross(spec, builder, layer) for layer in range(spec.num_layers)],
-        head=embed if is_tied else head,
+        head=builder.head(spec.vocab_size, spec.hidden_size, embed),
     )
     builder.source.finish(builder.family.ignored)
     return weights
@@ -229,14 +231,14 @@ def _load_stack(spec: T5Spec, builder: Builder, stack: str, num_layers: int, *, 
 def _load_layer(spec: T5Spec, builder: Builder, stack: str, layer: int) -> StackLayer:
     hidden, ffn = spec.hidden_size, spec.ffn_size
     ups = [f"{stack}_gate", f"{stack}_gated_up"] if spec.is_gated else [f"{stack}_up"]
-    mine = builder.shard.bounds(ffn)
+    mine = builder.width(ffn)
     return StackLayer(
         attention_norm=_load_norm(spec, builder, f"{stack}_attention_norm", layer),
         qkv=_load_heads(spec, builder, [f"{stack}_{which}" for which in "qkv"], layer),
         out=_load_out(spec, builder, f"{stack}_out", layer),
         mlp_norm=_load_norm(spec, builder, f"{stack}_mlp_norm", layer),
         mlp=MlpWeights(
-            up=builder.split_by_rows(ups, (ffn, hidden), layer, has_bias=False),
+            up=builder.split_by_rows(ups, (ffn, hidden), mine, layer, has_bias=False),
             down=builder.split_by_columns(f"{stack}_down", (hidden, ffn), mine, layer, has_bias=False),
         ),
     )
@@ -256,14 +258,22 @@ def _load_norm(spec: T5Spec, builder: Builder, key: str, layer: int) -> NormWeig
 
 
 def _load_heads(spec: T5Spec, builder: Builder, keys: list[str], layer: int) -> Linear:
-    # heads split evenly, so cutting rows as evenly as possible cuts between heads
-    return builder.split_by_rows(keys, (spec.num_heads * spec.head_dim, spec.hidden_size), layer, has_bias=False)
+    return builder.split_by_rows(keys, (_inner(spec), spec.hidden_size), _rows(spec, builder), layer, has_bias=False)
 
 
 def _load_out(spec: T5Spec, builder: Builder, key: str, layer: int) -> Linear:
-    inner = spec.num_heads * spec.head_dim
-    mine = builder.shard.bounds(inner)
-    return builder.split_by_columns(key, (spec.hidden_size, inner), mine, layer, has_bias=False)
+    return builder.split_by_columns(key, (spec.hidden_size, _inner(spec)), _rows(spec, builder), layer, has_bias=False)
+
+
+def _inner(spec: T5Spec) -> int:
+    """Width of all heads together."""
+    return spec.num_heads * spec.head_dim
+
+
+def _rows(spec: T5Spec, builder: Builder) -> range:
+    """Those of the rank's heads."""
+    heads = builder.shard.heads(spec.num_heads)
+    return range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
 
 
 def bias_by_distance(by_bucket: Tensor, max_distance: int, *, is_causal: bool) -> Tensor:

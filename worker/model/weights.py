@@ -7,17 +7,71 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DUMMY_SEED = 20240607
 
 
+class Linear(Protocol):
+    """A product with a matrix [out, in], and a bias if there is one: [..., in] -> [..., out]."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Linear:
+class DenseLinear:
     """`weight` [out, in]; `bias` [out] or None."""
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes_of(self.weight, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(Protocol):
+    """Rows of a table by number: [t] -> [t, width]."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseEmbedding:
+    """`weight` [rows, width]."""
+
+    weight: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes_of(self.weight)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Experts(Protocol):
+    """A product for each of several groups of rows: `rows` [n, in] from `ends[i - 1]` up to `ends[i]` go through the
+    matrix of expert i, [n, out]. Matrices of empty groups are not read."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor: ...
+
+
+def num_bytes_of(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +92,12 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
-    """`router` [experts, hidden] and `shared_gate` [1, hidden] are whole on every rank. Experts are stacked: `up`
-    [experts, 2 * width, hidden], gate rows before up rows, `down` [experts, hidden, width]; width is the rank's."""
+    """`router` [experts, hidden] and `shared_gate` [1, hidden] are whole on every rank. Of each expert the matrices are
+    `up` [2 * width, hidden], gate rows before up rows, and `down` [hidden, width]; width is the rank's."""
 
     router: Tensor
-    up: Tensor
-    down: Tensor
+    up: Experts
+    down: Experts
     shared: MlpWeights | None
     shared_gate: Tensor | None
 
@@ -67,9 +121,11 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """`embed` and `head.weight` are [rank's part of the vocabulary, width], the same tensor where they are tied."""
+    """`embed` and `head` have the rank's part of the vocabulary, and share their tensors where they are tied. `dtype`
+    is that of activations."""
 
-    embed: Tensor
+    dtype: torch.dtype
+    embed: Embedding
     positions: Tensor | None
     embedding_norm: NormWeights | None
     project_in: Tensor | None
@@ -144,6 +200,8 @@ class DummySource:
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         if target.dim() == 1 and name.endswith("weight"):
             target.fill_(1.0)
+        elif not target.dtype.is_floating_point:
+            target.random_(generator=self._generator)
         else:
             target.normal_(0.0, 0.02, generator=self._generator)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from worker.model import moe as mixtures
 from worker.model.layers import ACTIVATION_FUNCTIONS
-from worker.model.moe import grouped_product, mixture, route
+from worker.model.moe import StackedExperts, mixture, route
 from worker.model.spec import Activation, Moe
-from worker.model.weights import Linear, MlpWeights, MoeWeights
+from worker.model.weights import DenseLinear, MlpWeights, MoeWeights
 
 HIDDEN, NUM_EXPERTS = 24, 6
 SILU = ACTIVATION_FUNCTIONS[Activation.SILU]
@@ -38,9 +38,9 @@ def random_weights(width: int, dtype: torch.dtype) -> MoeWeights:
 
     return MoeWeights(
         router=random(NUM_EXPERTS, HIDDEN),
-        up=random(NUM_EXPERTS, 2 * width, HIDDEN),
-        down=random(NUM_EXPERTS, HIDDEN, width),
-        shared=MlpWeights(Linear(random(2 * width, HIDDEN), None), Linear(random(HIDDEN, width), None)),
+        up=StackedExperts(random(NUM_EXPERTS, 2 * width, HIDDEN)),
+        down=StackedExperts(random(NUM_EXPERTS, HIDDEN, width)),
+        shared=MlpWeights(DenseLinear(random(2 * width, HIDDEN), None), DenseLinear(random(HIDDEN, width), None)),
         shared_gate=random(1, HIDDEN),
     )
 
@@ -66,7 +66,7 @@ def token_by_token(x: torch.Tensor, weights: MoeWeights, moe: Moe) -> torch.Tens
             token, weights.shared.up.weight.double(), weights.shared.down.weight.double()
         )
         for number in best:
-            part = expert(token, weights.up[number].double(), weights.down[number].double())
+            part = expert(token, weights.up.matrices[number].double(), weights.down.matrices[number].double())
             result = result + probabilities[number] / whole * part
         results.append(result)
     return torch.stack(results)
@@ -85,7 +85,7 @@ def test_groups_are_the_sum_over_experts_token_by_token(width, dtype, count, is_
     got, bar = mixture(x, weights, moe, SILU), 20 * torch.finfo(dtype).eps
     assert got.dtype is dtype
     assert error(got, expected) <= bar
-    wrong = replace(weights, down=weights.down.roll(1, 0))
+    wrong = replace(weights, down=StackedExperts(weights.down.matrices.roll(1, 0)))
     assert error(mixture(x, wrong, moe, SILU), expected) > bar
 
 
@@ -94,9 +94,9 @@ def test_both_ways_of_grouping_are_one_product_per_group(monkeypatch, width, dty
     calls = []
     grouped = F.grouped_mm
     monkeypatch.setattr(mixtures.F, "grouped_mm", lambda *args, **named: calls.append(1) or grouped(*args, **named))
-    rows, matrices = tokens(9, dtype)[:, :width].contiguous(), random_weights(width, dtype).down
+    rows, matrices = tokens(9, dtype)[:, :width].contiguous(), random_weights(width, dtype).down.matrices
     ends = torch.tensor([0, 4, 4, 5, 9, 9], dtype=torch.int32)
-    got = grouped_product(rows, matrices, ends)
+    got = StackedExperts(matrices)(rows, ends)
     assert bool(calls) is (width == 16 and dtype is not torch.float64)
     for row, number in zip(range(9), [1, 1, 1, 1, 3, 4, 4, 4, 4], strict=True):
         expected = matrices[number].double() @ rows[row].double()
@@ -110,9 +110,9 @@ def test_experts_that_nobody_chose_are_not_read(width, dtype):
     expected = mixture(x, weights, moe, SILU)
     idle = sorted(set(range(NUM_EXPERTS)) - set(route(x, weights.router, moe)[1].flatten().tolist()))
     assert 0 < len(idle) < NUM_EXPERTS
-    weights.up[idle], weights.down[idle] = torch.nan, torch.nan
+    weights.up.matrices[idle], weights.down.matrices[idle] = torch.nan, torch.nan
     assert torch.equal(mixture(x, weights, moe, SILU), expected)
-    weights.up[:] = torch.nan
+    weights.up.matrices[:] = torch.nan
     assert mixture(x, weights, moe, SILU).isnan().any()
 
 

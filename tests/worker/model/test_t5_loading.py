@@ -185,18 +185,18 @@ def test_copies_of_the_embedding_and_unused_biases_pass(folder):
         tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(32, 4)
 
     rewrite(folder, edit)
-    assert torch.equal(load_t5(folder)._weights.embed, expected._weights.embed)
+    assert torch.equal(load_t5(folder)._weights.embed.weight, expected._weights.embed.weight)
     # a file that was made free of duplicates may have kept any one of the names
     rewrite(folder, lambda tensors: tensors.pop("shared.weight"))
     rewrite(folder, lambda tensors: tensors.pop("encoder.embed_tokens.weight"))
     assert "shared.weight" not in tensors_of(folder)
-    assert torch.equal(load_t5(folder)._weights.embed, expected._weights.embed)
+    assert torch.equal(load_t5(folder)._weights.embed.weight, expected._weights.embed.weight)
 
 
 def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
     def is_tied() -> bool:
         weights = load_t5(folder)._weights
-        return weights.head is weights.embed
+        return weights.head.weight is weights.embed.weight
 
     assert not is_tied()
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].clone()}))
@@ -256,6 +256,6 @@ def test_dummy_weights_have_every_tensor(saved):
     found, family = read_spec(read_config(saved))
     source = DummySource(is_tied=True, head_name="lm_head")
     weights = load_t5_weights(found, family, source, torch.float32)
-    assert weights.head is weights.embed
+    assert weights.head.weight is weights.embed.weight
     assert torch.equal(weights.encoder.final_norm.weight, torch.ones(found.hidden_size))
     assert math.isclose(float(weights.crosses[0].kv.weight.std()), 0.02, rel_tol=0.1)
