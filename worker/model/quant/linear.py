@@ -18,6 +18,8 @@ from worker.model.weights import Linear, num_bytes_of
 FAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_INT8_ROWS, MAX_INT4_ROWS = 8, 48
 """Rows of an input from which on dequantising pays: torch's kernels go through the weights once for every four."""
+INT8_COLUMN_UNIT = 16
+"""What torch's kernel goes by in 16-bit types; it reads on beyond the end of other rows."""
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROW_UNIT, INT4_BLOCK_ROWS = 16, 64
 DEQUANTISED_ELEMENTS = 1 << 23
@@ -55,7 +57,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if len(flat) <= MAX_INT8_ROWS:
+        if len(flat) <= MAX_INT8_ROWS and flat.shape[1] % INT8_COLUMN_UNIT == 0:
             result = torch._weight_int8pack_mm(flat.contiguous(), self.codes, self.scale)
         else:
             result = self._many(flat)
