@@ -226,7 +226,7 @@ class CodedLinear:
 
     def _numbers(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         if self.pairs is None:
-            return codes.to(dtype)
+            return codes.to(dtype, copy=True)
         places = codes if codes.dtype is torch.uint8 else codes.view(torch.uint16)
         return F.embedding(places.int(), self.pairs.to(dtype)).flatten(1)
 
@@ -241,7 +241,7 @@ def coded_linear(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtyp
     elif codes.dtype.is_floating_point and codes.shape[1] % 2 == 0:
         pairs = _pairs_of_bytes(codes.dtype)
     elif matrix.table is not None:
-        codes = matrix.table[codes.int()].to(dtype)
+        codes = matrix.table.to(codes.device)[codes.int()].to(dtype)
     zero = None if matrix.zero is None else matrix.zero.to(wide)
     return CodedLinear(codes, pairs, matrix.scale.to(wide), zero, groups, bias)
 

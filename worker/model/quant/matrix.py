@@ -31,7 +31,7 @@ class QuantisedMatrix:
 
     def dequantised(self) -> Tensor:
         """float32 [rows, columns]."""
-        numbers = self.codes.float() if self.table is None else self.table[self.codes.int()]
+        numbers = self.codes.float() if self.table is None else self.table.to(self.codes.device)[self.codes.int()]
         if self.zero is not None:
             numbers = numbers - self.zero[:, self.groups]
         return numbers * self.scale[:, self.groups]

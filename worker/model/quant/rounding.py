@@ -81,7 +81,7 @@ def _by_codebook(weight: Tensor, table: Tensor) -> QuantisedMatrix:
     padded = torch.nn.functional.pad(weight, (0, num_blocks * CODEBOOK_BLOCK - num_columns))
     blocks = padded.view(num_rows, num_blocks, CODEBOOK_BLOCK)
     scale = blocks.abs().amax(2).clamp(min=LEAST_SCALE)
-    ordered, order = table.sort(stable=True)
+    ordered, order = table.to(weight.device).sort(stable=True)
     middles = (ordered[1:] + ordered[:-1]) / 2
     places = torch.bucketize(blocks / scale[..., None], middles)
     codes = order[places].to(torch.uint8).view(num_rows, -1)[:, :num_columns]
