@@ -50,6 +50,9 @@ class InMemory:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         start = 0
         for rows in part.rows:

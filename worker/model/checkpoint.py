@@ -25,9 +25,14 @@ SHARD_NAME = re.compile(r"-of-0*([2-9]|[1-9]\d+)\.safetensors$")
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold although they follow from the config."""
 
-MASK_DTYPES = ("BOOL", "U8")
-"""Types of causal masks in old checkpoints, which may take more bytes than a small model."""
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types that models compute in."""
+CODE_DTYPES = {
+    **{"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+"""Types of what quantised weights are made of, which are never converted."""
+PARAMETERS = (".weight", ".bias")
 
 
 class Checkpoint:
@@ -55,38 +60,60 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that holds most of the bytes, masks aside."""
+        """The type that holds most of the bytes of what is not quantised, masks and scales aside."""
         sizes: Counter[str] = Counter()
-        for _, entry in self._places.values():
-            sizes[entry["dtype"]] += _num_bytes(entry)
-        weighty = [name for name, _ in sizes.most_common() if name not in MASK_DTYPES]
-        if not weighty:
+        for name, (_, entry) in self._places.items():
+            if name.endswith(PARAMETERS):
+                sizes[entry["dtype"]] += _num_bytes(entry)
+        found = [name for name, _ in sizes.most_common()]
+        running = [name for name in found if name in STORED_DTYPES]
+        if not found:
             raise ConfigurationError(f"{self._folder} holds no weights; download the model again")
-        name = weighty[0]
-        if name not in STORED_DTYPES:
+        if not running:
             raise ConfigurationError(
-                f"{self._folder} stores its weights as {name}, which this version does not run; "
+                f"{self._folder} stores its weights as {found[0]}, which this version does not run; "
                 f"it runs {', '.join(STORED_DTYPES)}"
             )
-        return STORED_DTYPES[name]
+        return STORED_DTYPES[running[0]]
 
     def has(self, name: str) -> bool:
         return name in self._places
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._place(name)[1]["shape"])
+
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
-        if name not in self._places:
-            raise ConfigurationError(f"{self._folder}: tensor {name} is missing; the checkpoint is incomplete")
-        path, entry = self._places[name]
+        path, entry = self._place(name)
         expected = list(reversed(part.shape) if part.is_transposed else part.shape)
         if list(entry["shape"]) != expected:
             raise ConfigurationError(
                 f"{self._folder}: tensor {name} has shape {list(entry['shape'])}, but config.json asks for {expected}"
             )
-        stored, start = self._open(path).get_slice(name), 0
+        self._check_dtype(name, entry["dtype"], target.dtype)
+        self._copy(self._open(path), name, target, part)
+        self._left.discard(name)
+
+    def _place(self, name: str) -> tuple[Path, dict[str, Any]]:
+        if name not in self._places:
+            raise ConfigurationError(f"{self._folder}: tensor {name} is missing; the checkpoint is incomplete")
+        return self._places[name]
+
+    def _check_dtype(self, name: str, stored: str, wanted: torch.dtype) -> None:
+        allowed = [own for own, dtype in CODE_DTYPES.items() if dtype is wanted] or list(STORED_DTYPES)
+        if stored not in allowed:
+            raise ConfigurationError(
+                f"{self._folder}: tensor {name} is stored as {stored}, but config.json asks for {' or '.join(allowed)}"
+            )
+
+    @staticmethod
+    def _copy(file: Any, name: str, target: Tensor, part: Part) -> None:
+        if not part.shape:
+            target.copy_(file.get_tensor(name))
+            return
+        stored, start = file.get_slice(name), 0
         for rows in part.rows:
             target[start : start + len(rows)].copy_(_read(stored, rows, part))
             start += len(rows)
-        self._left.discard(name)
 
     def skip(self, name: str) -> None:
         self._left.discard(name)

@@ -165,11 +165,19 @@ class TensorSource(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
-        """Fill `target` [rows of the part, columns of the part], converting to its dtype.
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """That of the whole tensor as it is stored; None if one of any shape will be made up.
 
         Raises:
-            ConfigurationError: naming a missing or misshapen tensor.
+            ConfigurationError: if the tensor is missing.
+        """
+
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        """Fill `target` [rows of the part, columns of the part], converting between floats of at least 16 bits; any
+        other type is asked for only where it is stored.
+
+        Raises:
+            ConfigurationError: naming a missing or misshapen tensor, or one of another type.
         """
 
     def skip(self, name: str) -> None:
@@ -192,16 +200,25 @@ class DummySource:
 
     def __init__(self, *, is_tied: bool, head_name: str) -> None:
         self._generator = torch.Generator().manual_seed(DUMMY_SEED)
-        self._absent = {f"{head_name}.weight"} if is_tied else set()
+        self._is_tied, self._head = is_tied, head_name + "."
 
     def has(self, name: str) -> bool:
-        return name not in self._absent
+        if name.startswith(self._head):
+            # heads are rarely stored in few bits
+            return name == self._head + "bias" or (name == self._head + "weight" and not self._is_tied)
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
 
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        if name.endswith("g_idx"):
+            # no order of columns is made up: what the caller assumes holds
+            return
         if target.dim() == 1 and name.endswith("weight"):
             target.fill_(1.0)
-        elif not target.dtype.is_floating_point:
-            target.random_(generator=self._generator)
+        elif target.itemsize == 1 or not target.dtype.is_floating_point:
+            _fill_with_codes(target, self._generator)
         else:
             target.normal_(0.0, 0.02, generator=self._generator)
 
@@ -210,3 +227,11 @@ class DummySource:
 
     def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None:
         """Every name exists here, so none can be left."""
+
+
+def _fill_with_codes(target: Tensor, generator: torch.Generator) -> None:
+    if target.dtype.is_floating_point:
+        target.copy_(torch.empty(target.shape).uniform_(-1.0, 1.0, generator=generator))
+    else:
+        bounds = torch.iinfo(target.dtype)
+        target.random_(bounds.min, bounds.max + 1, generator=generator)

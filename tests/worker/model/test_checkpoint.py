@@ -11,6 +11,7 @@ from common.errors import ConfigurationError
 from tests.worker.model.spoil import change, rewrite
 from worker.model.checkpoint import Checkpoint, find_files, weights_digest
 from worker.model.config import read_config
+from worker.model.weights import Part
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -84,7 +85,7 @@ def test_headers_that_describe_no_tensors_are_refused(tmp_path, header):
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(ConfigurationError, match="not a safetensors file"):
         Checkpoint(tmp_path)
-    header = json.dumps({"a": ENTRY})
+    header = json.dumps({"a.weight": ENTRY})
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     assert Checkpoint(tmp_path).dtype is torch.float32
 
@@ -108,9 +109,32 @@ def test_wrong_indexes_are_refused(folder, content, words):
 
 def test_integers_are_not_a_type_to_run(folder):
     assert Checkpoint(folder).dtype is torch.float32
-    rewrite(folder, lambda tensors: tensors.update({"big": torch.zeros(200_000, dtype=torch.int32)}))
+    rewrite(folder, lambda tensors: tensors.update({"big.weight": torch.zeros(200_000, dtype=torch.int32)}))
+    assert Checkpoint(folder).dtype is torch.float32
+    rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name != "big.weight"])
     with pytest.raises(ConfigurationError, match="I32"):
         _ = Checkpoint(folder).dtype
+
+
+def test_scales_are_not_the_type_of_a_quantised_model(folder):
+    def quantise(tensors):
+        for name in list(tensors):
+            tensors[name] = tensors[name].half()
+            tensors[name + "_scale"] = torch.ones(2 * tensors[name].numel())
+
+    rewrite(folder, quantise)
+    assert Checkpoint(folder).dtype is torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_a_tensor_of_a_type_that_was_not_asked_for_is_named(folder, dtype):
+    name = "model.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    checkpoint, part = Checkpoint(folder), Part((64,), [range(64)])
+    checkpoint.copy_into(name, torch.empty(64, dtype=dtype), part)
+    for wanted in (torch.float32, torch.bfloat16, torch.int8):
+        with pytest.raises(ConfigurationError, match=f"{name} is stored as .* config.json asks for"):
+            checkpoint.copy_into(name, torch.empty(64, dtype=wanted), part)
 
 
 @pytest.mark.parametrize("mask", [torch.bool, torch.uint8])
