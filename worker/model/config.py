@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -56,6 +56,9 @@ config decide; and defaults that old versions of transformers wrote into every f
 HARMLESS = frozenset(HARMLESS_TEXT.split())
 """Keys that change nothing about the forward pass."""
 
+STORAGE = ("quantization_config", "compression_config")
+"""Keys about how weights are stored, which `worker.model.quant.stored` reads."""
+
 NEUTRAL: dict[str, object] = {"partial_rotary_factor": 1.0, "attention_factor": 1.0}
 """Keys that a family may not consume, with the value at which they do nothing."""
 
@@ -102,6 +105,15 @@ class ConfigReader:
         if value is not None and not isinstance(value, bool):
             raise self.error(f"{self._own_name(name)} must be true or false, not {value!r:.60}")
         return bool(value)
+
+    def choice(self, name: str, allowed: Sequence[int | str], default: int | str | None = None) -> Any:
+        """One of `allowed`; strings count in lower case."""
+        value = self.get(name)
+        value = default if value is None else value.lower() if isinstance(value, str) else value
+        if type(value) not in (int, str) or value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise self.error(f"{self._own_name(name)} {value!r:.60} is not supported; supported are {known}")
+        return value
 
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
         value = self.get(name)
@@ -278,7 +290,7 @@ class ConfigReader:
 
     def _matters(self, name: str) -> bool:
         value = self._values[name]
-        return name not in HARMLESS and bool(value) and value != NEUTRAL.get(name)
+        return name not in HARMLESS and name not in STORAGE and bool(value) and value != NEUTRAL.get(name)
 
 
 def _is_positive(value: Any) -> TypeGuard[int | float]:

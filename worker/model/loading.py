@@ -47,9 +47,13 @@ class _SizesOnly:
     device = "meta"
 
     def __init__(self, source: TensorSource) -> None:
-        self.dtype, self.has = source.dtype, source.has
+        self.dtype, self.has, self.shape = source.dtype, source.has, source.shape
+        self._source = source
 
-    def copy_into(self, name: str, target: Tensor, part: Part) -> None: ...
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        if not target.is_meta:
+            # sizes depend on it
+            self._source.copy_into(name, target, part)
 
     def skip(self, name: str) -> None: ...
 
@@ -125,7 +129,12 @@ class Builder:
 
     def matrix(self, key: str, num_rows: int, num_columns: int, layer: int = 0) -> Tensor:
         """All of it, on every rank."""
-        return self.fill([Piece(key, self.part((num_rows, num_columns)), layer)])
+        piece = Piece(key, self.part((num_rows, num_columns)), layer)
+        if not self._is_stored_quantised(self._name_of(piece)):
+            return self.fill([piece])
+        weight = self._quantised(piece).dequantised().to(self.dtype)
+        self.on_progress(num_bytes_of(weight))
+        return weight
 
     def part(self, shape: tuple[int, int], rows: Sequence[range] | None = None, columns: range | None = None) -> Part:
         """Of a matrix that families with transposed weights store the other way round; all of it by default."""

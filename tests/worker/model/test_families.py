@@ -53,7 +53,7 @@ def test_an_unknown_model_type_lists_the_supported():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("quantization_config", {"bits": 4}), ("residual_multiplier", 0.2), ("sliding_window", 128), ("new_thing", "yes")],
+    [("residual_multiplier", 0.2), ("sliding_window", 128), ("new_thing", "yes")],
 )
 def test_a_key_that_nobody_understands_is_named(key, value):
     assert key in message(**{key: value})

@@ -124,7 +124,6 @@ def test_answers_start_with_the_start_token_or_else_the_padding():
     ("key", "value"),
     [
         ("new_thing", 3),
-        ("quantization_config", dict(bits=4)),
         ("feed_forward_proj", "gated-maxout"),
         ("d_model", None),
         ("num_heads", 0),

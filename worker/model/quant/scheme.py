@@ -40,13 +40,15 @@ MakeQuantised = Callable[[Tensor], QuantisedMatrix]
 @dataclass(frozen=True, slots=True)
 class Quantisation:
     """`name` is what the card says. Matrices are stored by `scheme`, or `make` quantises them when they are read; with
-    `has_int8_embeddings` embedding and head get 8 bits then. `unit` as in Scheme."""
+    `has_int8_embeddings` embedding and head get 8 bits then. `unit` as in Scheme. `notes` are sentences for who runs
+    the model."""
 
     name: str = "none"
     scheme: Scheme | None = None
     make: MakeQuantised | None = None
     has_int8_embeddings: bool = False
     unit: int = 1
+    notes: tuple[str, ...] = ()
 
 
 NOT_QUANTISED = Quantisation()

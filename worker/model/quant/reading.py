@@ -1,0 +1,107 @@
+"""What readers of formats share: parts of stored tensors, small codes out of large words, and sizes of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigurationError
+from worker.model.quant.matrix import neighbours
+from worker.model.weights import Part, TensorSource
+
+WORD_BITS = 32
+
+
+def read(source: TensorSource, name: str, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A part of a tensor as `dtype`, [rows] or [rows, columns]; a tensor without dimensions as one."""
+    shape = [part.num_rows] if part.shape else []
+    shape += [] if part.columns is None else [len(part.columns)]
+    target = torch.empty(shape, dtype=dtype, device=source.device)
+    source.copy_into(name, target, part)
+    return target
+
+
+def covering(wanted: range, per_word: int) -> range:
+    """The words in which so many neighbours each stand, of which some are wanted."""
+    return range(wanted.start // per_word, -(-wanted.stop // per_word))
+
+
+def unpack(words: Tensor, num_bits: int, codes: Tensor) -> None:
+    """Take int32 [n, m] apart into `codes` uint8 [n, m, 32 / bits], the lowest bits first."""
+    octets = words.view(torch.uint8).view(*words.shape, WORD_BITS // 8)
+    for place in range(WORD_BITS // num_bits):
+        octet, shift = divmod(place * num_bits, 8)
+        codes[..., place] = (octets[..., octet] >> shift) & ((1 << num_bits) - 1)
+
+
+def read_along_columns(source: TensorSource, name: str, part: Part, num_bits: int) -> Tensor:
+    """uint8 [rows, columns] of a tensor whose words hold neighbouring columns, each row by itself."""
+    assert part.columns is not None
+    per_word = WORD_BITS // num_bits
+    num_words, words = -(-part.shape[1] // per_word), covering(part.columns, per_word)
+    packed = read(source, name, Part((part.shape[0], num_words), part.rows, words, part.is_transposed), torch.int32)
+    codes = packed.new_empty((*packed.shape, per_word), dtype=torch.uint8)
+    unpack(packed, num_bits, codes)
+    start = part.columns.start - words.start * per_word
+    return codes.flatten(1)[:, start : start + len(part.columns)]
+
+
+def read_along_rows(
+    source: TensorSource,
+    name: str,
+    part: Part,
+    num_bits: int,
+    order: Sequence[int] | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """uint8 [rows, columns] of a tensor whose words hold neighbouring rows: at place i of a word, the lowest bits
+    being the first, row `order[i]` of its own. `change` is what is done to words before."""
+    runs = [_read_run(source, name, part, rows, num_bits, order, change) for rows in part.rows]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _read_run(
+    source: TensorSource,
+    name: str,
+    part: Part,
+    rows: range,
+    num_bits: int,
+    order: Sequence[int] | None,
+    change: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    per_word = WORD_BITS // num_bits
+    num_words, words = -(-part.shape[0] // per_word), covering(rows, per_word)
+    packed = read(
+        source, name, Part((num_words, part.shape[1]), [words], part.columns, part.is_transposed), torch.int32
+    )
+    packed = packed if change is None else change(packed)
+    codes = packed.new_empty((len(words), per_word, packed.shape[1]), dtype=torch.uint8)
+    unpack(packed, num_bits, codes.transpose(1, 2))
+    in_order = codes if order is None else codes[:, torch.tensor(order).argsort()]
+    start = rows.start - words.start * per_word
+    return in_order.flatten(0, 1)[start : start + len(rows)]
+
+
+def num_groups(num_columns: int, group_size: int) -> int:
+    """Of a row; the last one may be shorter."""
+    return -(-num_columns // group_size)
+
+
+def read_groups(
+    source: TensorSource, name: str, num_columns: int, columns: range, group_size: int, *, may_be_zero: bool
+) -> Tensor:
+    """The group of every one of `columns`, int64 on the CPU: neighbours share one unless the tensor `name` says more.
+
+    With `may_be_zero` zeros throughout say nothing, as in files of tools that had no use for them.
+    """
+    expected = neighbours(num_columns, group_size)[columns.start : columns.stop]
+    if not source.has(name):
+        return expected
+    stored = expected.int()
+    source.copy_into(name, stored, Part((num_columns,), [columns]))
+    count = num_groups(num_columns, group_size)
+    if bool(((stored < 0) | (stored >= count)).any()):
+        raise ConfigurationError(f"tensor {name} must hold numbers of groups from 0 to {count - 1}")
+    return expected if may_be_zero and not stored.any() else stored.long()
