@@ -67,6 +67,29 @@ WITHOUT_MEANING: dict[str, tuple[int, str]] = {
 """TGI's (and a few of vLLM's) options that parse but change nothing: number of values and the reason that is shown."""
 
 
+Quantize = Literal[
+    "none",
+    "int8",
+    "int4",
+    "fp8",
+    "bitsandbytes",
+    "bitsandbytes-nf4",
+    "bitsandbytes-fp4",
+    "gptq",
+    "awq",
+    "compressed-tensors",
+]
+QUANTIZE_ALIASES = {
+    "eetq": "int8",
+    "gptq_marlin": "gptq",
+    "awq_marlin": "awq",
+    "fbgemm_fp8": "fp8",
+    "bitsandbytes_nf4": "bitsandbytes-nf4",
+    "bitsandbytes_fp4": "bitsandbytes-fp4",
+}
+"""TGI's and vLLM's names of the same arithmetic by other kernels, and TGI's other spelling."""
+
+
 def option(default: Any, help_text: str, *names: str, **extra: Any) -> Any:
     """A setting. With `names` the first is its bare environment and flag name, the others are aliases."""
     if names:
@@ -217,7 +240,9 @@ class WorkerSettings(CommonSettings):
     rendezvous: str = option(
         "", "HOST:PORT of machine 0 where the others come; all of them must reach each other, and nobody else"
     )
-    quantize: str | None = option(None, "quantisation scheme", "quantize", "quantization")
+    quantize: Quantize | None = option(
+        None, "weights in few bits; without it: as the checkpoint says", "quantize", "quantization"
+    )
     kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
     speculate: int = option(0, "length of speculated n-grams", "speculate")
     lora_adapters: Names = option(
@@ -275,7 +300,6 @@ class WorkerSettings(CommonSettings):
     @field_validator(
         "speculate",
         "lora_adapters",
-        "quantize",
         "enable_prefill_logprobs",
         "kv_cache_dtype",
     )
@@ -284,6 +308,11 @@ class WorkerSettings(CommonSettings):
         if value not in (None, 0, 1, False, [], "", "auto", "none"):
             raise ValueError("is not available in this version")
         return value
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _known_as(cls, value: Any) -> Any:
+        return QUANTIZE_ALIASES.get(value, value)
 
     @field_validator("dtype", mode="before")
     @classmethod

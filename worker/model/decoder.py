@@ -55,7 +55,7 @@ class Decoder:
         group: Group | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.spec, self.dtype, self._weights, self._attention = spec, weights.dtype, weights, attention
+        self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         shard = self.group.shard
         self._num_heads = len(shard.heads(spec.num_heads))
@@ -91,12 +91,12 @@ class Decoder:
         by_layer = [each.unbind() for each in pages.unbind()]
         step = _Step(turns, by_layer, batch.slots, self._attention.prepare(batch, pages.shape[3]))
         run = self._parallel if self.spec.residual.is_parallel else self._sequential
-        for layer, weights in enumerate(self._weights.layers):
+        for layer, weights in enumerate(self.weights.layers):
             x = run(x, weights, step, layer)
         return self._logits(x[wanted])
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        weights = self._weights
+        weights = self.weights
         x = vocabulary_parallel_embedding(tokens, weights.embed, self.vocabulary, self.group)
         if self.spec.embedding_scale != 1.0:
             x = x * self._embedding_scale
@@ -107,7 +107,7 @@ class Decoder:
         return self._norm(x, weights.embedding_norm)
 
     def _logits(self, x: Tensor) -> Tensor:
-        spec, weights = self.spec, self._weights
+        spec, weights = self.spec, self.weights
         x = self._norm(x, weights.final_norm)
         if weights.project_out is not None:
             x = F.linear(x, weights.project_out)

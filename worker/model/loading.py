@@ -40,6 +40,11 @@ ProgressFunction = Callable[[int, int], None]
 
 WeightsType = TypeVar("WeightsType")
 
+SAMPLE_ROWS = 64
+MADE_ELEMENTS = 1 << 22
+"""Of a matrix that are quantised at a time; a few copies of them in float32 are made on the way."""
+INT8_BY_ROW = Quantisation(make=int8_by_row)
+
 
 class _SizesOnly:
     """Says what another source would be asked for, and takes no memory."""
@@ -56,6 +61,20 @@ class _SizesOnly:
             self._source.copy_into(name, target, part)
 
     def skip(self, name: str) -> None: ...
+
+    def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
+
+
+class _Zeros:
+    """What another source has, all zero: a few rows of it tell what quantised ones will take."""
+
+    device = "cpu"
+
+    def __init__(self, source: TensorSource) -> None:
+        self.dtype, self.has, self.skip = source.dtype, source.has, source.skip
+
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
+        target.zero_()
 
     def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
@@ -153,6 +172,8 @@ class Builder:
 
     def linear(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> Linear:
         """The product with the rows of all pieces, one below the other."""
+        if self._only_counts and any(map(self._is_quantised, pieces)):
+            return self._counted(pieces, bias)
         weights = self._weights(pieces)
         num_rows = [weight.shape[0] for weight in weights]
         biases = [None] * len(weights) if bias is None else torch.split(bias, num_rows)
@@ -178,6 +199,23 @@ class Builder:
             weights += stacked(map(self._quantised, run)) if is_quantised else [self.fill(run)]
         return weights
 
+    @property
+    def _only_counts(self) -> bool:
+        return self.source.device == "meta"
+
+    def _counted(
+        self, pieces: Sequence[Piece], bias: Tensor | None, quantisation: Quantisation | None = None
+    ) -> DenseLinear:
+        """Reports what the product will take, which it learns from a few rows: arithmetic on the meta device would load
+        a part of torch that is larger than small models."""
+        sampler = Builder(self.family, _Zeros(self.source), self.dtype, quantisation=quantisation or self.quantisation)
+        for piece in pieces:
+            first = piece.part.rows[0][:SAMPLE_ROWS]
+            (sample,) = sampler._weights([replace(piece, part=replace(piece.part, rows=[first]), order=None)])
+            num_bytes = sampler._product(sample, None).num_bytes
+            self.on_progress(num_bytes * piece.part.num_rows // len(first))
+        return DenseLinear(torch.empty(0, device=self.source.device), bias)
+
     def _quantised(self, piece: Piece) -> QuantisedMatrix:
         part, scheme = piece.part, self.quantisation.scheme
         assert part.columns is not None
@@ -187,13 +225,17 @@ class Builder:
             matrix = self._made(piece, self.quantisation.make or int8_by_row).columns(part.columns)
         if len(part.columns) < part.shape[1]:
             matrix = matrix.only_used_groups()
-        # what is made of whole rows has them in order already
-        return matrix if piece.order is None or scheme is None else matrix.rows(piece.order)
+        return matrix if piece.order is None else matrix.rows(piece.order)
 
     def _made(self, piece: Piece, make: MakeQuantised) -> QuantisedMatrix:
-        """Out of whole rows: every number of ranks is to get the same model."""
+        """Out of whole rows, so that every number of ranks gets the same model; of some at a time, since they are wide
+        on the way."""
         part = replace(piece.part, columns=range(piece.part.shape[1]))
-        return make(self._filled([replace(piece, part=part)], "weight", torch.float32))
+        size = max(MADE_ELEMENTS // part.shape[1], 1)
+        cuts = [run[start : start + size] for run in part.rows for start in range(0, len(run), size)]
+        pieces = [replace(piece, part=replace(part, rows=[cut]), order=None) for cut in cuts]
+        (matrix,) = stacked([make(self._filled([each], "weight", torch.float32)) for each in pieces])
+        return matrix
 
     def _product(self, weight: Tensor | QuantisedMatrix, bias: Tensor | None) -> Linear:
         if isinstance(weight, Tensor):
@@ -227,6 +269,8 @@ class Builder:
         piece = self._vocabulary("embed", vocab_size, width)
         if not self.quantisation.has_int8_embeddings:
             return DenseEmbedding(self.fill([piece]))
+        if self._only_counts:
+            return DenseEmbedding(self._counted([piece], None, INT8_BY_ROW).weight)
         matrix = self._made(piece, int8_by_row)
         embedding = Int8Embedding(matrix.codes, matrix.scale[:, 0].to(self.dtype))
         self.on_progress(embedding.num_bytes)
@@ -242,8 +286,11 @@ class Builder:
     def _own_head(self, piece: Piece, bias: Tensor | None) -> Linear:
         if self._is_stored_quantised(self._name_of(piece)):
             return self.linear([piece], bias)
-        has_8_bits = self.quantisation.has_int8_embeddings
-        return self._product(self._made(piece, int8_by_row) if has_8_bits else self.fill([piece]), bias)
+        if not self.quantisation.has_int8_embeddings:
+            return DenseLinear(self.fill([piece]), bias)
+        if self._only_counts:
+            return self._counted([piece], bias, INT8_BY_ROW)
+        return self._product(self._made(piece, int8_by_row), bias)
 
     def _vocabulary(self, key: str, vocab_size: int, width: int) -> Piece:
         return Piece(key, Part((vocab_size, width), [self.shard.bounds(vocab_size)], range(width)))

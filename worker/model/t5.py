@@ -86,7 +86,7 @@ class T5:
     """Forward passes of encoder and decoder on one rank. Holds weights, no state of requests."""
 
     def __init__(self, spec: T5Spec, weights: T5Weights, attention: Attention, group: Group | None = None) -> None:
-        self.spec, self.dtype, self._weights, self._attention = spec, weights.dtype, weights, attention
+        self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
         self.vocabulary = self.group.shard.bounds(spec.vocab_size)
@@ -105,7 +105,7 @@ class T5:
         `tokens` int64 [e]; `slots` int64 [e] a place for each among all places of all pages; `pages` as in `forward`.
         """
         x = self._encoder_output(tokens)
-        for layer, cross in enumerate(self._weights.crosses):
+        for layer, cross in enumerate(self.weights.crosses):
             k, v = cross.kv(x).view(len(x), 2, *pages.shape[-2:]).unbind(1)
             write_pages(pages[layer, 0], k, slots)
             write_pages(pages[layer, 1], v, slots)
@@ -119,18 +119,18 @@ class T5:
         the rank's heads, d]; `wanted` int64 [k] indices of the tokens whose logits are needed; `cross` has the queries
         of `batch` over the pages that `encode` filled. Returns logits [k, the rank's part of the vocabulary].
         """
-        stack, x = self._weights.decoder, self._embed(tokens)
+        stack, x = self.weights.decoder, self._embed(tokens)
         meta, cross_meta = (self._attention.prepare(each, pages.shape[3]) for each in (batch, cross))
-        layers = zip(stack.layers, self._weights.crosses, pages, strict=True)
+        layers = zip(stack.layers, self.weights.crosses, pages, strict=True)
         for weights, cross_weights, layer_pages in layers:
             x = x + self._attend(x, weights, layer_pages, batch.slots, meta, self._decoder_shape)
             x = x + self._attend_across(x, cross_weights, layer_pages, cross_meta)
             x = x + self._feed_forward(x, weights)
-        return self._weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
+        return self.weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
 
     def _encoder_output(self, tokens: Tensor) -> Tensor:
         """[e, hidden]. To attention the whole input is one page."""
-        stack, x, size = self._weights.encoder, self._embed(tokens), len(tokens)
+        stack, x, size = self.weights.encoder, self._embed(tokens), len(tokens)
         zero, slots = np.zeros(1, np.int64), torch.arange(size, device=x.device)
         batch = Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
         meta = self._attention.prepare(batch, size)
@@ -141,7 +141,7 @@ class T5:
         return self._norm(x, stack.final_norm)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return vocabulary_parallel_embedding(tokens, self._weights.embed, self.vocabulary, self.group)
+        return vocabulary_parallel_embedding(tokens, self.weights.embed, self.vocabulary, self.group)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         return rms_norm(x, weights, self.spec.norm_eps)

@@ -20,6 +20,9 @@ from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.families.base import Family
 from worker.model.loading import load_weights, weight_bytes
+from worker.model.quant.choice import choose_quantisation
+from worker.model.quant.linear import has_slow_products
+from worker.model.quant.scheme import Quantisation
 from worker.model.spec import AnySpec, QkNorm, Spec, T5Spec
 from worker.model.t5 import T5, load_t5_weights, t5_weight_bytes
 from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
@@ -27,7 +30,7 @@ from worker.parallel.group import Alone, Group, agree_on_minimum
 from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
 from worker.runner.limits import KvMemory, Limits, choose_limits, free_text, on_each
-from worker.runner.memory import available_bytes, readable
+from worker.runner.memory import available_bytes, readable, return_freed_memory
 from worker.runner.torch_device import Model, TorchDevice
 
 OnProgress = Callable[[str, int, int], None]
@@ -50,17 +53,20 @@ def load_device(
     config = _config(settings, folder)
     spec, family = read_spec(config)
     check_shards(spec, group.shard.size)
+    quantisation = choose_quantisation(settings.quantize, config)
     source, digest, stored = _open(settings, folder, config, spec, family)
     dtype = choose_dtype(settings.dtype, stored, reasons)
-    num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard), group.shard.size
+    num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard, quantisation), group.shard.size
     _check_memory(num_bytes, _free_bytes(settings, group), num_ranks)
-    model = _load(settings, spec, family, source, dtype, group, on_progress)
+    model = _load(settings, spec, family, source, dtype, group, quantisation, on_progress)
+    return_freed_memory()
+    reasons += _quantisation_reasons(quantisation, model, num_bytes)
     memory = KvMemory(_free_bytes(settings, group), _kv_bytes_per_token(spec, group.shard, dtype), num_ranks)
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):
         reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
     device = _device(model, settings, limits)
-    return device, _ready(settings, spec, dtype, digest, limits, reasons)
+    return device, _ready(settings, spec, dtype, quantisation, digest, limits, reasons)
 
 
 def _config(settings: WorkerSettings, folder: Path) -> dict[str, Any]:
@@ -116,10 +122,24 @@ def choose_dtype(option: str, stored: torch.dtype, reasons: list[str]) -> torch.
     return stored
 
 
-def _weight_bytes(spec: AnySpec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard) -> int:
+def _weight_bytes(
+    spec: AnySpec, family: Family, source: TensorSource, dtype: torch.dtype, shard: Shard, quantisation: Quantisation
+) -> int:
     if isinstance(spec, T5Spec):
-        return t5_weight_bytes(spec, family, source, dtype, shard)
-    return weight_bytes(spec, family, source, dtype, shard)
+        return t5_weight_bytes(spec, family, source, dtype, shard, quantisation)
+    return weight_bytes(spec, family, source, dtype, shard, quantisation)
+
+
+def _quantisation_reasons(quantisation: Quantisation, model: Model, num_bytes: int) -> list[str]:
+    if quantisation.name == "none":
+        return []
+    reasons = [f"quantize {quantisation.name}: weights take {readable(num_bytes)}"]
+    if has_slow_products(model.weights):
+        reasons.append(
+            f"quantize {quantisation.name} saves memory, not time: a CPU has no fast product for some of these "
+            "weights, which are dequantised for each"
+        )
+    return reasons
 
 
 def _free_bytes(settings: WorkerSettings, group: Group) -> int:
@@ -131,7 +151,7 @@ def _check_memory(needed: int, free: int, num_ranks: int) -> None:
     if needed > free:
         raise ConfigurationError(
             f"the model needs {readable(needed)}{on_each(num_ranks)} for its weights but {free_text(free, num_ranks)}; "
-            "choose a smaller model or --dtype bfloat16, or free memory"
+            "choose a smaller model, --quantize int8 or int4, or --dtype bfloat16, or free memory"
         )
 
 
@@ -142,6 +162,7 @@ def _load(
     source: TensorSource,
     dtype: torch.dtype,
     group: Group,
+    quantisation: Quantisation,
     on_progress: OnProgress,
 ) -> Model:
     def report(done: int, total: int) -> None:
@@ -149,8 +170,9 @@ def _load(
 
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
     if isinstance(spec, T5Spec):
-        return T5(spec, load_t5_weights(spec, family, source, dtype, group.shard, report), attention, group)
-    weights = load_weights(spec, family, source, dtype, group.shard, report)
+        t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation)
+        return T5(spec, t5_weights, attention, group)
+    weights = load_weights(spec, family, source, dtype, group.shard, report, quantisation)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest)
 
@@ -171,12 +193,18 @@ def _device(model: Model, settings: WorkerSettings, limits: Limits) -> TorchDevi
 
 
 def _ready(
-    settings: WorkerSettings, spec: AnySpec, dtype: torch.dtype, digest: str, limits: Limits, reasons: list[str]
+    settings: WorkerSettings,
+    spec: AnySpec,
+    dtype: torch.dtype,
+    quantisation: Quantisation,
+    digest: str,
+    limits: Limits,
+    reasons: list[str],
 ) -> Ready:
     return Ready(
         vocab_size=spec.vocab_size,
         dtype=str(dtype).removeprefix("torch."),
-        quantize="none",
+        quantize=quantisation.name,
         weights_digest=digest,
         kv_tokens=limits.kv_tokens,
         block_size=settings.block_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         available = min(available, max(int(text) - int(used.read_text()), 0))
     return available
+
+
+def return_freed_memory() -> None:
+    """Give the system what the C library keeps of freed memory, where it can be told to (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def readable(num_bytes: int) -> str:

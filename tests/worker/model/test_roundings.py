@@ -42,6 +42,6 @@ def test_rms_norms_round_as_those_of_transformers(tmp_path, name):
     x = torch.randn((50, decoder.spec.hidden_size), generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.no_grad():
         expected = reference.model.norm(x)
-    assert torch.equal(decoder._norm(x, decoder._weights.final_norm), expected)
+    assert torch.equal(decoder._norm(x, decoder.weights.final_norm), expected)
     other = load_decoder(tmp_path, torch.bfloat16, replace(decoder.spec, wide_norm=not decoder.spec.wide_norm))
-    assert not torch.equal(other._norm(x, other._weights.final_norm), expected)
+    assert not torch.equal(other._norm(x, other.weights.final_norm), expected)

@@ -184,17 +184,17 @@ def test_copies_of_the_embedding_and_unused_biases_pass(folder):
         tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(32, 4)
 
     rewrite(folder, edit)
-    assert torch.equal(load_t5(folder)._weights.embed.weight, expected._weights.embed.weight)
+    assert torch.equal(load_t5(folder).weights.embed.weight, expected.weights.embed.weight)
     # a file that was made free of duplicates may have kept any one of the names
     rewrite(folder, lambda tensors: tensors.pop("shared.weight"))
     rewrite(folder, lambda tensors: tensors.pop("encoder.embed_tokens.weight"))
     assert "shared.weight" not in tensors_of(folder)
-    assert torch.equal(load_t5(folder)._weights.embed.weight, expected._weights.embed.weight)
+    assert torch.equal(load_t5(folder).weights.embed.weight, expected.weights.embed.weight)
 
 
 def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
     def is_tied() -> bool:
-        weights = load_t5(folder)._weights
+        weights = load_t5(folder).weights
         return weights.head.weight is weights.embed.weight
 
     assert not is_tied()

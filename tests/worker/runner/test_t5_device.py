@@ -253,7 +253,7 @@ def test_pages_of_a_failed_row_harm_nobody(load):
     device, _ = load()
     ids = source(1, 20)
     good = first_step(device, 0, ids, [1, 2], 3)
-    embed = device._model._weights.embed.weight
+    embed = device._model.weights.embed.weight
     saved = embed[9].clone()
     embed[9] = math.nan
     bad = first_step(device, 1, [9] * 20, [5, 6], 7)

@@ -280,7 +280,7 @@ def test_pages_of_a_failed_row_harm_nobody(load):
     device, _ = load()
     ids = prompt(1, 4)
     good = step(device, plan([0], [4], [0], ids, [1], [(0, 0, 1)], [init(0, ids)]))
-    embed = device._model._weights.embed.weight
+    embed = device._model.weights.embed.weight
     saved = embed[9].clone()
     embed[9] = math.nan
     bad = step(device, plan([1], [4], [0], [9, 9, 9, 9], [1], [(1, 0, 2)], [init(1, [9] * 4)]))

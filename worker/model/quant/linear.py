@@ -5,7 +5,7 @@ Each keeps its weights small in memory, and the block that is being dequantised 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 
 import torch
@@ -36,8 +36,12 @@ def linear_of(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) 
     return coded_linear(matrix, bias, dtype)
 
 
-def is_fast(layer: Linear) -> bool:
-    return isinstance(layer, Int8Linear | Int4Linear)
+def has_slow_products(weights: object) -> bool:
+    """Whether anything in a tree of dataclasses and lists is dequantised for every product."""
+    if isinstance(weights, list | tuple):
+        return any(map(has_slow_products, weights))
+    inner = fields(weights) if is_dataclass(weights) else ()
+    return isinstance(weights, CodedLinear) or any(has_slow_products(getattr(weights, part.name)) for part in inner)
 
 
 # Eight bits, one scale for a row.

@@ -1,0 +1,75 @@
+"""An engine in this process: scheduler, loop and device as in a worker, without agent, Redis and gateway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from common.settings import WorkerSettings
+from worker.engine.loop import EngineLoop, Inbox
+from worker.engine.pacing import PrefillPacer
+from worker.engine.scheduler import Scheduler, limits_of
+from worker.pipe import Commit, Message, Step, Submit
+from worker.runner.load import load_device
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`decode_s` begins when every request has its first token. `num_tokens` counts those of outputs."""
+
+    seconds: float
+    decode_s: float
+    num_tokens: int
+    num_decoded: int
+    largest_batch: int
+
+
+class OfflineEngine:
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.device, self.ready = load_device(settings, lambda phase, done, total: None)
+        self._inbox: Inbox = SimpleQueue()
+        scheduler = Scheduler(limits_of(self.ready, prefix_caching=settings.prefix_caching))
+        pacer = PrefillPacer(self.ready.max_batch_prefill_tokens, settings.prefill_step)
+        self._loop = EngineLoop(self.device, scheduler, pacer, self._inbox, self._note)
+        self._outputs: dict[str, list[int]] = {}
+        self._num_running = 0
+        self._all_started_at = 0.0
+
+    def send(self, message: Message) -> None:
+        self._inbox.put(message)
+
+    def run(self, submits: Sequence[Submit]) -> Run:
+        """All requests at once, to their ends.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        self._outputs = {submit.request_id: [] for submit in submits}
+        self._num_running, self._all_started_at = len(submits), 0.0
+        started = time.perf_counter()
+        for submit in submits:
+            self.send(submit)
+        while self._num_running:
+            self._loop.take_messages()
+            self._loop.run_pass()
+        ended, counts = time.perf_counter(), [len(ids) for ids in self._outputs.values()]
+        return Run(
+            seconds=ended - started,
+            decode_s=ended - self._all_started_at,
+            num_tokens=sum(counts),
+            num_decoded=sum(counts) - self._num_at_start,
+            largest_batch=int(self._loop.scheduler.stats.batch_max),
+        )
+
+    def _note(self, step: Step) -> None:
+        self.send(Commit(step.step))
+        for run in step.runs:
+            if run.error:
+                raise RuntimeError(run.error)
+            self._outputs[run.request_id] += run.ids
+            self._num_running -= bool(run.finish)
+        if not self._all_started_at and all(self._outputs.values()):
+            self._all_started_at = time.perf_counter()
+            self._num_at_start = sum(map(len, self._outputs.values()))
