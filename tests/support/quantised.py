@@ -114,3 +114,125 @@ def gptq(
 
     named = dict(bits=num_bits, group_size=group_size, desc_act=has_order, sym=False, quant_method="gptq")
     return Format(named | dict(checkpoint_format="gptq_v2" if is_v2 else "gptq") | config, write)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def awq(group_size: int = 16, **config: Any) -> Format:
+    def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
+        num_columns = weight.shape[1]
+        groups = np.arange(num_columns) // (num_columns if group_size == -1 else group_size)
+        codes, zeros, scales = rounded(weight, groups, 4)
+        return {
+            ".qweight": packed(codes.T, 4, AWQ_ORDER),
+            ".qzeros": packed(zeros.T, 4, AWQ_ORDER),
+            ".scales": scales.T,
+        }, numbers_of(codes, zeros, scales, groups)
+
+    named = dict(bits=4, group_size=group_size, zero_point=True, version="gemm", quant_method="awq")
+    return Format(named | config, write)
+
+
+def in_float8(weight: Array, height: int, width: int) -> tuple[Tensor, Array, Array]:
+    """Codes, a scale for each block of so many rows and columns, and the numbers."""
+    blocks = np.arange(weight.shape[0])[:, None] // height, np.arange(weight.shape[1])[None] // width
+    scales = np.zeros((blocks[0].max() + 1, blocks[1].max() + 1), np.float32)
+    np.maximum.at(scales, np.broadcast_arrays(*blocks), np.abs(weight) / 448)
+    codes = torch.from_numpy(weight / scales[blocks]).to(torch.float8_e4m3fn)
+    return codes, scales, codes.double().numpy() * scales[blocks]
+
+
+def fp8(
+    block: tuple[int, int] | None = None, *, has_scale_of_rows: bool = False, method: str = "fp8", **config: Any
+) -> Format:
+    """With a `block` as in DeepSeek's files, else as in those of AutoFP8 or, with scales of rows, FBGEMM."""
+
+    def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
+        num_rows, num_columns = weight.shape
+        codes, scales, numbers = in_float8(weight, *(block or (1 if has_scale_of_rows else num_rows, num_columns)))
+        if block:
+            return {".weight": codes, ".weight_scale_inv": scales}, numbers
+        stored = scales if has_scale_of_rows else scales[0, 0]
+        return {".weight": codes, ".weight_scale": stored, ".input_scale": np.float32(0.1)}, numbers
+
+    named = dict(quant_method=method, activation_scheme="dynamic")
+    return Format(named | (dict(weight_block_size=list(block)) if block else {}) | config, write)
+
+
+def compressed(form: str, *, has_order: bool = False, inputs: dict[str, Any] | None = None, **weights: Any) -> Format:
+    """`weights` as config.json has them."""
+    num_bits, is_symmetric = weights.setdefault("num_bits", 8), weights.setdefault("symmetric", True)
+    strategy = weights.setdefault("strategy", "channel")
+    weights |= dict(type="float" if form == "float-quantized" else "int", actorder="group" if has_order else None)
+
+    def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
+        if form == "float-quantized":
+            block = {"tensor": weight.shape, "channel": (1, weight.shape[1])}.get(strategy)
+            codes, scales, numbers = in_float8(weight, *(block or weights["block_structure"]))
+            return {".weight": codes, ".weight_scale": scales[0] if strategy == "tensor" else scales}, numbers
+        groups = np.arange(weight.shape[1]) // weights.get("group_size", weight.shape[1])
+        if has_order:
+            groups = np.random.default_rng(len(groups)).permutation(groups)
+        codes, zeros, scales = rounded(weight, groups, num_bits)
+        half = 1 << num_bits - 1
+        if is_symmetric:
+            zeros = np.full_like(zeros, half)
+        numbers = numbers_of(codes, zeros, scales, groups)
+        order = {".weight_g_idx": groups.astype(np.int32)} if has_order else {}
+        if form != "pack-quantized":
+            zero_points = {} if is_symmetric else {".weight_zero_point": (zeros - half).astype(np.int8)}
+            return {".weight": (codes - half).astype(np.int8), ".weight_scale": scales} | zero_points | order, numbers
+        zero_points = {} if is_symmetric else {".weight_zero_point": packed(zeros.T, num_bits).T}
+        shape = {".weight_shape": np.array(weight.shape)}
+        tensors = {".weight_packed": packed(codes, num_bits), ".weight_scale": scales}
+        return tensors | zero_points | shape | order, numbers
+
+    group = dict(targets=["Linear"], weights=weights, input_activations=inputs)
+    named = dict(quant_method="compressed-tensors", format=form, ignore=["lm_head"])
+    return Format(named | dict(config_groups={"group_0": group}), write)
+
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def bitsandbytes(kind: str = "nf4", *, block: int = 64, nested_block: int = 4, is_nested: bool = False) -> Format:
+    """`kind` nf4, or int8."""
+
+    def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
+        if kind == "int8":
+            largest = np.abs(weight).max(1).astype(np.float32)
+            codes = np.rint(weight / largest[:, None] * 127).astype(np.int8)
+            numbers = codes * (largest.astype(np.float64) / 127)[:, None]
+            return {".weight": codes, ".SCB": largest, ".weight_format": np.uint8(0)}, numbers
+        flat = weight.reshape(-1)
+        blocks = np.arange(len(flat)) // block
+        largest = np.zeros(blocks.max() + 1, np.float32)
+        np.maximum.at(largest, blocks, np.abs(flat))
+        tensors, largest = _nested(largest) if is_nested else ({".weight.absmax": largest}, largest)
+        table = np.array(NF4, np.float32)
+        codes = np.abs(flat[:, None] / largest[blocks][:, None] - table).argmin(1)
+        state = dict(quant_type=kind, blocksize=block, dtype="float32", shape=list(weight.shape))
+        state |= dict(nested_blocksize=nested_block, nested_dtype="float32", nested_offset=0.25) if is_nested else {}
+        tensors |= {
+            ".weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None],
+            ".weight.quant_map": table,
+            f".weight.quant_state.bitsandbytes__{kind}": np.frombuffer(json.dumps(state).encode(), np.uint8).copy(),
+        }
+        return tensors, (table[codes].astype(np.float64) * largest[blocks]).reshape(weight.shape)
+
+    def _nested(largest: Array) -> tuple[dict[str, Array | Tensor], Array]:
+        blocks = np.arange(len(largest)) // nested_block
+        factors = np.zeros(blocks.max() + 1, np.float32)
+        np.maximum.at(factors, blocks, np.abs(largest - 0.25))
+        table = np.linspace(-1, 1, 256, dtype=np.float32)
+        codes = np.abs(((largest - 0.25) / factors[blocks])[:, None] - table).argmin(1)
+        tensors = {".weight.nested_absmax": factors, ".weight.nested_quant_map": table}
+        return tensors | {".weight.absmax": codes.astype(np.uint8)}, table[codes] * factors[blocks] + np.float32(0.25)
+
+    bits = dict(load_in_4bit=kind != "int8", load_in_8bit=kind == "int8")
+    return Format(bits | dict(quant_method="bitsandbytes", bnb_4bit_quant_type="nf4"), write)

@@ -86,6 +86,9 @@ class ConfigReader:
         self._consumed.add(name)
         return self._values.get(name, default)
 
+    def names(self) -> list[str]:
+        return list(self._values)
+
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value, most = self.get(name), LIMITS.get(name, MAX_SIZE)
         value = default if value is None else value

@@ -21,6 +21,7 @@ from worker.model.quant.reading import (
     read,
     read_along_columns,
     read_along_rows,
+    read_group_size,
     read_groups,
 )
 from worker.model.quant.scheme import Quantisation
@@ -59,13 +60,13 @@ class Gptq:
         assert columns is not None
         own = self._own(source, module, num_columns) if self.may_differ else self
         size = own.group_size or num_columns
-        grouped = Part((num_rows, num_groups(num_columns, size)), part.rows, None, is_transposed=True)
-        grouped = replace(grouped, columns=range(grouped.shape[1]))
+        count = num_groups(num_columns, size)
+        grouped = Part((num_rows, count), part.rows, range(count), is_transposed=True)
         return QuantisedMatrix(
             codes=read_along_columns(source, module + ".qweight", replace(part, is_transposed=True), own.num_bits),
             scale=read(source, module + ".scales", grouped),
             zero=own._zeros(source, module + ".qzeros", grouped),
-            groups=own._groups(source, module, num_columns, columns),
+            groups=read_groups(source, module + ".g_idx", num_columns, columns, size, has_order=self.has_order),
             num_bits=own.num_bits,
         )
 
@@ -89,12 +90,6 @@ class Gptq:
         """Every code of every word, and the carry of a full one into the next: what writers take off whole words."""
         return words + sum(1 << place for place in range(0, WORD_BITS, self.num_bits))
 
-    def _groups(self, source: TensorSource, module: str, num_columns: int, columns: range) -> Tensor:
-        name, size = module + ".g_idx", self.group_size or num_columns
-        if self.has_order and not source.has(name):
-            raise ConfigurationError(f"tensor {name} is missing, without which the order of desc_act is unknown")
-        return read_groups(source, name, num_columns, columns, size, may_be_zero=not self.has_order)
-
 
 def gptq(config: ConfigReader) -> Quantisation:
     config.ignore(*HARMLESS_TEXT.split())
@@ -110,10 +105,3 @@ def gptq(config: ConfigReader) -> Quantisation:
         may_differ=bool(config.get("dynamic")),
     )
     return Quantisation("gptq", scheme, unit=scheme.unit)
-
-
-def read_group_size(config: ConfigReader, default: int = 128) -> int | None:
-    """Columns of a group; None, which files write as -1, where a row is one."""
-    if config.get("group_size") == -1:
-        return None
-    return config.integer("group_size", default)

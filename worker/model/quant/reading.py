@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
+from worker.model.config import ConfigReader
 from worker.model.quant.matrix import neighbours
 from worker.model.weights import Part, TensorSource
 
 WORD_BITS = 32
+EIGHT_BITS_NOTE = "the checkpoint's makers round activations to 8 bits too; here they keep the model's type"
 
 
 def read(source: TensorSource, name: str, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,18 +93,52 @@ def num_groups(num_columns: int, group_size: int) -> int:
 
 
 def read_groups(
-    source: TensorSource, name: str, num_columns: int, columns: range, group_size: int, *, may_be_zero: bool
+    source: TensorSource, name: str, num_columns: int, columns: range, group_size: int, *, has_order: bool
 ) -> Tensor:
-    """The group of every one of `columns`, int64 on the CPU: neighbours share one unless the tensor `name` says more.
+    """The group of every one of `columns`, int64 on the CPU: that of the tensor `name`, or neighbours share one.
 
-    With `may_be_zero` zeros throughout say nothing, as in files of tools that had no use for them.
+    Without `has_order` the tensor may be absent, or hold one number throughout, as tools wrote that had no use for it.
     """
     expected = neighbours(num_columns, group_size)[columns.start : columns.stop]
-    if not source.has(name):
+    if not has_order and not source.has(name):
         return expected
     stored = expected.int()
     source.copy_into(name, stored, Part((num_columns,), [columns]))
+    if not has_order and bool((stored == stored[:1]).all()):
+        return expected
     count = num_groups(num_columns, group_size)
     if bool(((stored < 0) | (stored >= count)).any()):
         raise ConfigurationError(f"tensor {name} must hold numbers of groups from 0 to {count - 1}")
-    return expected if may_be_zero and not stored.any() else stored.long()
+    return stored.long()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """So many rows and columns share a scale; None is all of them."""
+
+    height: int | None
+    width: int | None
+
+
+def read_scales(
+    source: TensorSource, name: str, part: Part, block: Block, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`dtype` [rows of the part, groups]. A scale for all may have no dimension, those for rows may have one."""
+    num_rows, count = part.shape[0], num_groups(part.shape[1], block.width or part.shape[1])
+    stored = source.shape(name)
+    if block.height == 1:
+        if stored == (num_rows,) and count == 1:
+            return read(source, name, Part((num_rows,), part.rows), dtype)[:, None]
+        return read(source, name, Part((num_rows, count), part.rows, range(count)), dtype)
+    if block == Block(None, None) and stored in ((), (1,)):
+        scale = read(source, name, Part(stored, [range(size) for size in stored]), dtype)
+        return scale.view(1, 1).repeat(part.num_rows, 1)
+    height = block.height or num_rows
+    shape = (-(-num_rows // height), count)
+    scales = read(source, name, Part(shape, [range(shape[0])], range(count)), dtype)
+    return scales[torch.cat([torch.arange(rows.start, rows.stop) for rows in part.rows]) // height]
+
+
+def read_group_size(config: ConfigReader) -> int | None:
+    """Columns of a group; None, which files write as -1, where a row is one."""
+    return None if config.get("group_size") == -1 else config.integer("group_size", 128)

@@ -7,10 +7,21 @@ from typing import Any
 
 from common.errors import ConfigurationError
 from worker.model.config import STORAGE, ConfigReader
+from worker.model.quant.awq import awq
+from worker.model.quant.bitsandbytes import bitsandbytes
+from worker.model.quant.compressed import compressed
+from worker.model.quant.fp8 import fp8
 from worker.model.quant.gptq import gptq
 from worker.model.quant.scheme import Quantisation
 
-METHODS: dict[str, Callable[[ConfigReader], Quantisation]] = {"gptq": gptq}
+METHODS: dict[str, Callable[[ConfigReader], Quantisation]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "fp8": fp8,
+    "fbgemm_fp8": fp8,
+    "compressed-tensors": compressed,
+    "bitsandbytes": bitsandbytes,
+}
 """By `quant_method`."""
 
 
