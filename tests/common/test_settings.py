@@ -30,6 +30,10 @@ graceful-termination-timeout
 
 
 TWO_NODES = ["--num-nodes", "2", "--num-shard", "4", "--rendezvous", "[::1]:5000"]
+SCHEMES = (
+    "'none', 'int8', 'int4', 'fp8', 'bitsandbytes', 'bitsandbytes-nf4', 'bitsandbytes-fp4', 'gptq', 'awq' or "
+    "'compressed-tensors'"
+)
 NO_ADDRESS = "--num-nodes above 1 needs --rendezvous HOST:PORT, an address of machine 0"
 
 
@@ -117,7 +121,7 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         ([*TWO_NODES, "--rendezvous", "host:70000"], NO_ADDRESS),
         ([*TWO_NODES, "--node-rank", "1"], "a machine with a --node-rank above 0 runs `inferfleet worker`, not `up`"),
         ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
-        (["--quantize", "gptq"], "--quantize: is not available in this version"),
+        (["--quantize", "exl2"], f"--quantize: Input should be {SCHEMES}"),
         (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
         (["--rope-scaling", "yarn"], "--rope-scaling: Input should be 'linear' or 'dynamic'"),
         (["--rope-factor", "0.5"], "--rope-factor: Input should be greater than or equal to 1"),

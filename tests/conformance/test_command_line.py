@@ -71,7 +71,7 @@ BAD = [
     BadCommand(["up", "--prot", "1"], "inferfleet up: unknown option --prot; did you mean --port?"),
     BadCommand(["up", "--port", "x"], "inferfleet up: --port: Input should be a valid integer, unable to parse string as an integer"),
     BadCommand(["up"], "inferfleet up: --port: Input should be less than or equal to 65535", environment={"PORT": "99999"}),
-    BadCommand(["up", "--quantize", "awq"], "inferfleet up: --quantize: is not available in this version"),
+    BadCommand(["up", "--quantize", "exl2"], "inferfleet up: --quantize: Input should be 'none', 'int8', 'int4', 'fp8', 'bitsandbytes', 'bitsandbytes-nf4', 'bitsandbytes-fp4', 'gptq', 'awq' or 'compressed-tensors'"),
     BadCommand(["up", "--sharded", "false", "--num-shard", "2"], "inferfleet up: --sharded false contradicts --num-shard 2; give only one"),
     BadCommand(["up", "--workers", "many"], "inferfleet up: --workers: Input should be a valid integer, unable to parse string as an integer"),
     BadCommand(["up", "--dtype", "int4"], "inferfleet up: --dtype: Input should be 'auto', 'float16', 'bfloat16', 'float32' or 'float64'"),

@@ -15,8 +15,7 @@ from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.loading import load_weights
-from worker.model.quant.scheme import NOT_QUANTISED
-from worker.model.quant.stored import stored_quantisation
+from worker.model.quant.choice import choose_quantisation
 from worker.model.spec import Spec
 from worker.parallel.group import Alone, Group
 
@@ -30,11 +29,13 @@ def load_decoder(
     attention: Attention | None = None,
     group: Group | None = None,
     max_length: int | None = None,
+    quantize: str | None = None,
 ) -> Decoder:
-    """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says."""
+    """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says, `quantize` is
+    the option."""
     config = read_config(folder)
     read, family = read_spec(config)
-    group, quantisation = group or Alone(), stored_quantisation(config) or NOT_QUANTISED
+    group, quantisation = group or Alone(), choose_quantisation(quantize, config)
     weights = load_weights(spec or read, family, Checkpoint(folder), dtype, group.shard, quantisation=quantisation)
     return Decoder(spec or read, weights, attention or CpuAttention(), group, max_length)
 

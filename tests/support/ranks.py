@@ -35,12 +35,21 @@ class Ranks:
     def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
         self._processes = processes
 
-    def logits(self, folder: Path, sequences: list[list[int]], out: Path, *, is_wrong: bool = False) -> list[Tensor]:
+    def logits(
+        self,
+        folder: Path,
+        sequences: list[list[int]],
+        out: Path,
+        *,
+        is_wrong: bool = False,
+        quantize: str | None = None,
+    ) -> list[Tensor]:
         """What `paged_logits` gives, computed by all ranks together; RuntimeError with what one says went wrong.
 
         `is_wrong` deals out copies of heads of keys in the wrong order.
         """
-        command = json.dumps({"folder": str(folder), "sequences": sequences, "out": str(out), "is_wrong": is_wrong})
+        named = {"folder": str(folder), "sequences": sequences, "out": str(out)}
+        command = json.dumps(named | {"is_wrong": is_wrong, "quantize": quantize})
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(command + "\n")
@@ -102,7 +111,7 @@ def _obey(command: dict[str, Any], group: Group) -> str:
         with ExitStack() as stack:
             if command["is_wrong"]:
                 stack.enter_context(patch.object(Shard, "kv_heads", _every_other))
-            decoder = load_decoder(Path(command["folder"]), group=group)
+            decoder = load_decoder(Path(command["folder"]), group=group, quantize=command["quantize"])
             parts, _ = paged_logits(decoder, command["sequences"])
     except Exception as error:
         # the test is to see what went wrong, whatever it is

@@ -71,10 +71,14 @@ class _Zeros:
     device = "cpu"
 
     def __init__(self, source: TensorSource) -> None:
-        self.dtype, self.has, self.skip = source.dtype, source.has, source.skip
+        self.dtype, self.has, self.shape, self.skip = source.dtype, source.has, source.shape, source.skip
+        self._source = source
 
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         target.zero_()
+        if target.dim() == 1 and not target.dtype.is_floating_point:
+            # groups of columns, on which sizes depend
+            self._source.copy_into(name, target, part)
 
     def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
@@ -149,7 +153,7 @@ class Builder:
     def matrix(self, key: str, num_rows: int, num_columns: int, layer: int = 0) -> Tensor:
         """All of it, on every rank."""
         piece = Piece(key, self.part((num_rows, num_columns)), layer)
-        if not self._is_stored_quantised(self._name_of(piece)):
+        if self._only_counts or not self._is_stored_quantised(self._name_of(piece)):
             return self.fill([piece])
         weight = self._quantised(piece).dequantised().to(self.dtype)
         self.on_progress(num_bytes_of(weight))

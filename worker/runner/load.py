@@ -133,7 +133,7 @@ def _weight_bytes(
 def _quantisation_reasons(quantisation: Quantisation, model: Model, num_bytes: int) -> list[str]:
     if quantisation.name == "none":
         return []
-    reasons = [f"quantize {quantisation.name}: weights take {readable(num_bytes)}"]
+    reasons = [f"quantize {quantisation.name}: weights take {readable(num_bytes)}", *quantisation.notes]
     if has_slow_products(model.weights):
         reasons.append(
             f"quantize {quantisation.name} saves memory, not time: a CPU has no fast product for some of these "

@@ -50,6 +50,20 @@ def test_ready_says_what_was_chosen(load):
     assert device.pages[:, :, 1:].nbytes == 768 * 1024, "the null page is extra"
 
 
+def test_weights_in_few_bits_say_what_they_take_and_whether_that_costs_time(load):
+    fast, slow = (load(quantize=scheme, kv_tokens=2048)[1] for scheme in ("int8", "bitsandbytes-nf4"))
+    assert (fast.quantize, slow.quantize) == ("int8", "bitsandbytes-nf4")
+    assert fast.weights_digest == slow.weights_digest, "the name of the scheme tells their lanes apart"
+    said = [reason for reason in fast.reasons if reason.startswith("quantize")]
+    assert len(said) == 1 and said[0].startswith("quantize int8: weights take ")
+    said = [reason for reason in slow.reasons if reason.startswith("quantize")]
+    assert len(said) == 2 and said[1].startswith("quantize bitsandbytes-nf4 saves memory, not time: ")
+
+
+def test_a_contradiction_of_the_checkpoint_is_one_sentence(load):
+    assert refusal(load, quantize="gptq").startswith("--quantize gptq needs a checkpoint in that format")
+
+
 def test_every_limit_has_one_reason_whatever_was_asked(load):
     asked = dict(kv_tokens=2048, max_num_seqs=4, max_total_tokens=200, max_input_tokens=100)
     assert [reason.split(":")[1].split(";")[0] for reason in load(**asked)[1].reasons] == [" as asked"] * 4

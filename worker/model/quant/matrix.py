@@ -42,7 +42,7 @@ class QuantisedMatrix:
 
     def columns(self, wanted: range) -> QuantisedMatrix:
         part = slice(wanted.start, wanted.stop)
-        return replace(self, codes=self.codes[:, part], groups=self.groups[part])
+        return replace(self, codes=self.codes[:, part].contiguous(), groups=self.groups[part])
 
     def only_used_groups(self) -> QuantisedMatrix:
         """Without the scales of groups that other ranks have; the groups that are left are numbered anew."""
