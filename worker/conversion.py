@@ -1,95 +1,42 @@
 """Pickled checkpoints to safetensors, one tensor in memory at a time, without ever running their code.
 
 Every file is unpickled by torch's restricted loader, which builds plain tensors and refuses all else. Its tensors go
-into one or more shards; a shard appears under its name only when it is whole, so a conversion that was stopped goes on
-with the first shard that is missing. Format of the files: https://github.com/huggingface/safetensors.
+into one or more shards.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker.hub import IGNORED_FILES, PICKLED_FILES, ProgressFunction, free_bytes
-from worker.model.checkpoint import files_of_index, read_header
-from worker.runner.memory import readable
+from worker.hub import IGNORED_FILES, PICKLED_FILES, ProgressFunction
+from worker.model.checkpoint import files_of_index
+from worker.shards import (
+    STORED_DTYPES,
+    Entry,
+    Report,
+    Shard,
+    check_space,
+    groups_of,
+    is_written,
+    shard_names,
+    shard_of,
+    write_index,
+    write_shard,
+)
 
-SHARD_BYTES = 2_000_000_000
-CHUNK_BYTES = 16 << 20
-ALIGNMENT = 8
 ZIP_MAGIC = b"PK\x03\x04"
 WRAPPERS = ("state_dict", "model")
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-PART_SUFFIX = ".part"
-STORED_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor that is going to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    item_bytes: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Tensors of one pickled file that go into one safetensors file. `ties` maps names left out to those kept."""
-
-    source: Path
-    entries: tuple[Entry, ...]
-    ties: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
-
-    @cached_property
-    def places(self) -> dict[str, dict[str, Any]]:
-        """Type, shape and place of every tensor, as the header says it."""
-        places, start = {}, 0
-        for entry in self.entries:
-            offsets = [start, start + entry.num_bytes]
-            places[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-            start += entry.num_bytes
-        return places
-
-    def header(self) -> bytes:
-        """Length, then JSON, padded so that the tensors begin aligned."""
-        text = json.dumps({"__metadata__": {"format": "pt"} | dict(self.ties)} | self.places).encode()
-        text += b" " * (-len(text) % ALIGNMENT)
-        return len(text).to_bytes(8, "little") + text
 
 
 def find_pickles(folder: Path) -> list[Path]:
@@ -139,7 +86,7 @@ def _plan_source(source: Path, shard_bytes: int, say: Say) -> list[Shard]:
     tensors = read_pickle(source, say)
     ties = _ties(tensors)
     entries = [_entry(source, name, tensor) for name, tensor in tensors.items() if name not in ties]
-    return [_shard(source, group, ties) for group in _groups(entries, shard_bytes)]
+    return [shard_of(source, group, ties) for group in groups_of(entries, shard_bytes)]
 
 
 def read_pickle(path: Path, say: Say) -> dict[str, Tensor]:
@@ -215,25 +162,6 @@ def _entry(path: Path, name: str, tensor: Tensor) -> Entry:
     return Entry(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape), num_bytes, tensor.itemsize)
 
 
-def _groups(entries: Sequence[Entry], shard_bytes: int) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    num_bytes = 0
-    for entry in entries:
-        if group and num_bytes + entry.num_bytes > shard_bytes:
-            yield group
-            group, num_bytes = [], 0
-        group.append(entry)
-        num_bytes += entry.num_bytes
-    yield group
-
-
-def _shard(source: Path, entries: Sequence[Entry], ties: Mapping[str, str]) -> Shard:
-    """Wide types first, so that every tensor begins at a multiple of its item's size."""
-    names = {entry.name for entry in entries}
-    ordered = sorted(entries, key=lambda entry: -entry.item_bytes)
-    return Shard(source, tuple(ordered), {name: kept for name, kept in ties.items() if kept in names})
-
-
 def convert(shards: Sequence[Shard], target: Path, on_progress: ProgressFunction, *, is_resumed: bool) -> None:
     """Write the shards, then the index; when the work is resumed, only shards that are not there yet.
 
@@ -242,96 +170,21 @@ def convert(shards: Sequence[Shard], target: Path, on_progress: ProgressFunction
     """
     paths = [target / name for name in shard_names(len(shards))]
     both = list(zip(shards, paths, strict=True))
-    missing = [(shard, path) for shard, path in both if not (is_resumed and _is_written(shard, path))]
+    missing = [(shard, path) for shard, path in both if not (is_resumed and is_written(shard, path))]
     num_missing_bytes, total = sum(shard.num_bytes for shard, _ in missing), sum(shard.num_bytes for shard in shards)
-    _check_space(target, num_missing_bytes)
-    report = _Report(on_progress, total - num_missing_bytes, total)
+    check_space(target, num_missing_bytes, "converted")
+    report = Report(on_progress, total - num_missing_bytes, total)
     for source in dict.fromkeys(shard.source for shard, _ in missing):
         _write_source(source, [(shard, path) for shard, path in missing if shard.source == source], report)
     if len(shards) > 1:
-        _write_index(shards, paths, target)
-
-
-def shard_names(num_shards: int) -> list[str]:
-    if num_shards == 1:
-        return [SINGLE_NAME]
-    return [f"model-{number:05}-of-{num_shards:05}.safetensors" for number in range(1, num_shards + 1)]
+        write_index(shards, paths, target)
 
 
 def _say_nothing(_: str) -> None:
     """What is left out was said when the plan was made."""
 
 
-class _Report:
-    """Adds up bytes."""
-
-    def __init__(self, on_progress: ProgressFunction, done: int, total: int) -> None:
-        self._on_progress, self._done, self._total = on_progress, done, total
-
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._on_progress(self._done, self._total)
-
-
-def _is_written(shard: Shard, path: Path) -> bool:
-    """Whether the file holds these tensors: its name appeared only after its last byte was on disk."""
-    if not path.is_file():
-        return False
-    try:
-        return read_header(path) == shard.places
-    except ConfigurationError:
-        return False
-
-
-def _check_space(target: Path, num_bytes: int) -> None:
-    free = free_bytes(target)
-    if num_bytes > free:
-        raise ConfigurationError(
-            f"the converted weights need {readable(num_bytes)} more in {target}, where {readable(free)} are free: "
-            "free some, or choose another --output"
-        )
-
-
-def _write_source(source: Path, shards: Sequence[tuple[Shard, Path]], report: _Report) -> None:
+def _write_source(source: Path, shards: Sequence[tuple[Shard, Path]], report: Report) -> None:
     tensors = read_pickle(source, _say_nothing)
     for shard, path in shards:
-        with written_whole(path) as file:
-            file.write(shard.header())
-            for entry in shard.entries:
-                for chunk in _chunks(tensors[entry.name]):
-                    file.write(chunk)
-                    report.add(len(chunk))
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A new file that gets its name once all of it is on the disk, and is gone if anything goes wrong before."""
-    part = path.with_name(path.name + PART_SUFFIX)
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, row-major; a copy is made of one whose memory is in another order."""
-    data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
-
-
-def _write_index(shards: Sequence[Shard], paths: Sequence[Path], target: Path) -> None:
-    weight_map = {entry.name: path.name for shard, path in zip(shards, paths, strict=True) for entry in shard.entries}
-    content = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    with written_whole(target / INDEX_NAME) as file:
-        file.write(json.dumps(content, indent=2).encode())
+        write_shard(path, shard, tensors.__getitem__, report.add)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from common.errors import ConfigurationError
 from common.settings import PrepareSettings
-from worker.conversion import INDEX_NAME, SHARD_BYTES, SINGLE_NAME, Say, convert, find_pickles, plan, written_whole
+from worker.conversion import Say, convert, find_pickles, plan
 from worker.hub import (
     NO_SPACE,
     PICKLED_FILES,
@@ -33,6 +33,7 @@ from worker.hub import (
 )
 from worker.model.checkpoint import find_files, read_header
 from worker.runner.memory import readable
+from worker.shards import INDEX_NAME, SHARD_BYTES, SINGLE_NAME, written_whole
 
 STATE_NAME = ".inferfleet-prepare.json"
 CONFIG_NAME = "config.json"

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker import conversion
-from worker.conversion import INDEX_NAME, SINGLE_NAME, convert, find_pickles, plan, read_pickle, shard_names
+from worker import shards
+from worker.conversion import convert, find_pickles, plan, read_pickle
 from worker.model.checkpoint import find_files
+from worker.shards import INDEX_NAME, SINGLE_NAME, shard_names
 
 BLOCK = 40_000
 """Bytes of each of the large tensors below."""
@@ -248,11 +249,11 @@ def test_what_was_stopped_goes_on_with_the_next_shard(tmp_path: Path) -> None:
 def test_room_is_looked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(1000)}, path)
-    monkeypatch.setattr(conversion, "free_bytes", lambda _: 3999)
+    monkeypatch.setattr(shards, "free_bytes", lambda _: 3999)
     with pytest.raises(ConfigurationError, match=r"need 3\.9 KiB more in .*, where 3\.9 KiB are free"):
         converted([path], tmp_path / "to")
     assert list((tmp_path / "to").iterdir()) == []
-    monkeypatch.setattr(conversion, "free_bytes", lambda _: 4000)
+    monkeypatch.setattr(shards, "free_bytes", lambda _: 4000)
     converted([path], tmp_path / "to")
 
 

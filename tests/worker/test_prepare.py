@@ -24,9 +24,9 @@ from tests.support.fleet import ROOT, wait_for
 from tests.support.hub_server import HubServer
 from worker import prepare as prepare_module
 from worker.announce import find_model, read_model
-from worker.conversion import INDEX_NAME, SINGLE_NAME, shard_names
 from worker.model.checkpoint import find_files
 from worker.prepare import STATE_NAME, Screen, make_tokenizer, prepare
+from worker.shards import INDEX_NAME, SINGLE_NAME, shard_names
 
 SHARD_BYTES = 100_000
 
