@@ -31,7 +31,7 @@ Turns = tuple[Tensor, Tensor]
 
 
 @dataclass(slots=True)
-class _Step:
+class Step:
     """What all layers of a step share: angles by rope, pages of keys and of values by layer, places in them, and
     attention's own."""
 
@@ -83,19 +83,26 @@ class Decoder:
         `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, d]; `wanted` int64
         [k] indices of the tokens whose logits are needed. Returns logits [k, the rank's part of the vocabulary].
         """
-        x = self._embed(tokens, positions)
+        x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
+        for layer, weights in enumerate(self.weights.layers):
+            x = self.run_layer(x, weights, step, layer)
+        return self._logits(x[wanted])
+
+    def begin(self, positions: Tensor, batch: Batch, pages: Tensor) -> Step:
+        """What the layers of a step need besides its hidden states."""
         turns = {
             turning: rope.angles(positions, frequencies, self._wide, turning.amplitude)
             for turning, frequencies in self._frequencies.items()
         }
         by_layer = [each.unbind() for each in pages.unbind()]
-        step = _Step(turns, by_layer, batch.slots, self._attention.prepare(batch, pages.shape[3]))
-        run = self._parallel if self.spec.residual.is_parallel else self._sequential
-        for layer, weights in enumerate(self.weights.layers):
-            x = run(x, weights, step, layer)
-        return self._logits(x[wanted])
+        return Step(turns, by_layer, batch.slots, self._attention.prepare(batch, pages.shape[3]))
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def run_layer(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
+        """One layer alone: hidden states [t, hidden] before it to those behind it."""
+        run = self._parallel if self.spec.residual.is_parallel else self._sequential
+        return run(x, weights, step, layer)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         weights = self.weights
         x = vocabulary_parallel_embedding(tokens, weights.embed, self.vocabulary, self.group)
         if self.spec.embedding_scale != 1.0:
@@ -118,13 +125,13 @@ class Decoder:
 
     # One layer.
 
-    def _parallel(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+    def _parallel(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         normed = self._norm(x, weights.attention_norm)
         mlp_input = normed if weights.mlp_norm is None else self._norm(x, weights.mlp_norm)
         part = self._attend(normed, weights, step, layer) + self._feed_forward(mlp_input, weights)
         return x + self.group.all_reduce(part)
 
-    def _sequential(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+    def _sequential(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         part = self._attend(self._norm(x, weights.attention_norm), weights, step, layer)
         x = self._add(x, part, weights.attention_out_norm)
         return self._add(x, self._feed_forward(self._norm(x, weights.mlp_norm), weights), weights.mlp_out_norm)
@@ -147,7 +154,7 @@ class Decoder:
 
     # Attention.
 
-    def _attend(self, x: Tensor, weights: LayerWeights, step: _Step, layer: int) -> Tensor:
+    def _attend(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         num_heads, num_kv_heads = self._num_heads, self.num_kv_heads
         heads = weights.qkv(x).view(len(x), -1, self.spec.head_dim)
         if self.spec.clip_qkv is not None:

@@ -378,22 +378,27 @@ def _running_total(total: int, on_progress: ProgressFunction) -> Callable[[int],
 
 
 def _load(spec: Spec, builder: Builder) -> DecoderWeights:
+    weights = load_around(spec, builder, (load_layer(spec, builder, layer) for layer in range(spec.num_layers)))
+    builder.source.finish(builder.family.ignored, builder.family.foreign)
+    return weights
+
+
+def load_around(spec: Spec, builder: Builder, layers: Iterable[LayerWeights] = ()) -> DecoderWeights:
+    """All that is not in layers, and `layers`."""
     width = spec.embedding_size or spec.hidden_size
     is_projected = spec.embedding_size is not None
     embed = builder.embedding(spec.vocab_size, width)
-    weights = DecoderWeights(
+    return DecoderWeights(
         dtype=builder.dtype,
         embed=embed,
         positions=_load_positions(spec, builder),
         embedding_norm=_load_norm(spec, builder, "embedding_norm") if spec.embedding_norm else None,
         project_in=builder.matrix("project_in", spec.hidden_size, width) if is_projected else None,
-        layers=[_load_layer(spec, builder, layer) for layer in range(spec.num_layers)],
+        layers=list(layers),
         final_norm=_load_norm(spec, builder, "final_norm") if spec.final_norm else None,
         project_out=builder.matrix("project_out", width, spec.hidden_size) if is_projected else None,
         head=_load_head(spec, builder, embed, width),
     )
-    builder.source.finish(builder.family.ignored, builder.family.foreign)
-    return weights
 
 
 def _load_positions(spec: Spec, builder: Builder) -> Tensor | None:
@@ -410,7 +415,7 @@ def _load_head(spec: Spec, builder: Builder, embed: Embedding, width: int) -> Li
     return builder.head(spec.vocab_size, width, embed, bias)
 
 
-def _load_layer(spec: Spec, builder: Builder, layer: int) -> LayerWeights:
+def load_layer(spec: Spec, builder: Builder, layer: int) -> LayerWeights:
     residual = spec.residual
     has_two_norms = residual is not Residual.PARALLEL and residual.has_input_norm
     return LayerWeights(

@@ -188,7 +188,7 @@ def load_t5_weights(
             f"--dtype float16 is too narrow for {spec.model_type}, whose activations overflow it; "
             "choose bfloat16 or float32"
         )
-    return load_with(partial(_load, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
+    return load_with(partial(load_t5, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
 
 
 def t5_weight_bytes(
@@ -200,10 +200,10 @@ def t5_weight_bytes(
     quantisation: Quantisation = NOT_QUANTISED,
 ) -> int:
     """What `load_t5_weights` will take, without taking it."""
-    return bytes_of(partial(_load, spec), Builder(family, source, dtype, shard, quantisation))
+    return bytes_of(partial(load_t5, spec), Builder(family, source, dtype, shard, quantisation))
 
 
-def _load(spec: T5Spec, builder: Builder) -> T5Weights:
+def load_t5(spec: T5Spec, builder: Builder) -> T5Weights:
     embed = builder.embedding(spec.vocab_size, spec.hidden_size)
     weights = T5Weights(
         dtype=builder.dtype,
