@@ -53,6 +53,9 @@ class InMemory:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def whole(self, name: str) -> Tensor:
+        return self._tensors[name]
+
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         start = 0
         for rows in part.rows:

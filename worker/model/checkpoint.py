@@ -32,6 +32,8 @@ CODE_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 """Types of what quantised weights are made of, which are never converted."""
+MAX_WHOLE_BYTES = 1 << 24
+"""Of what is read to know what else there is, such as the order of columns."""
 PARAMETERS = (".weight", ".bias")
 
 
@@ -81,6 +83,14 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._place(name)[1]["shape"])
+
+    def whole(self, name: str) -> Tensor:
+        path, entry = self._place(name)
+        if _num_bytes(entry) > MAX_WHOLE_BYTES:
+            raise ConfigurationError(f"{self._folder}: tensor {name} must have {MAX_WHOLE_BYTES} bytes at most")
+        result: Tensor = self._open(path).get_tensor(name)
+        self._left.discard(name)
+        return result
 
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         path, entry = self._place(name)

@@ -40,7 +40,7 @@ ProgressFunction = Callable[[int, int], None]
 
 WeightsType = TypeVar("WeightsType")
 
-SAMPLE_ROWS = 64
+SAMPLE_ROWS = 16
 MADE_ELEMENTS = 1 << 22
 """Of a matrix that are quantised at a time; a few copies of them in float32 are made on the way."""
 INT8_BY_ROW = Quantisation(make=int8_by_row)
@@ -52,13 +52,9 @@ class _SizesOnly:
     device = "meta"
 
     def __init__(self, source: TensorSource) -> None:
-        self.dtype, self.has, self.shape = source.dtype, source.has, source.shape
-        self._source = source
+        self.dtype, self.has, self.shape, self.whole = source.dtype, source.has, source.shape, source.whole
 
-    def copy_into(self, name: str, target: Tensor, part: Part) -> None:
-        if not target.is_meta:
-            # sizes depend on it
-            self._source.copy_into(name, target, part)
+    def copy_into(self, name: str, target: Tensor, part: Part) -> None: ...
 
     def skip(self, name: str) -> None: ...
 
@@ -71,14 +67,11 @@ class _Zeros:
     device = "cpu"
 
     def __init__(self, source: TensorSource) -> None:
-        self.dtype, self.has, self.shape, self.skip = source.dtype, source.has, source.shape, source.skip
-        self._source = source
+        self.dtype, self.has, self.skip = source.dtype, source.has, source.skip
+        self.shape, self.whole = source.shape, source.whole
 
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         target.zero_()
-        if target.dim() == 1 and not target.dtype.is_floating_point:
-            # groups of columns, on which sizes depend
-            self._source.copy_into(name, target, part)
 
     def finish(self, ignored: Sequence[str] = (), foreign: Sequence[str] = ()) -> None: ...
 
@@ -188,9 +181,19 @@ class Builder:
         """A product for each expert, with the rows of its pieces."""
         flat = [piece for own in pieces for piece in own]
         if any(map(self._is_quantised, flat)):
-            return ListedExperts(tuple(self.linear(own) for own in pieces))
+            return self._counted_experts(pieces) if self._only_counts else self._listed_experts(pieces)
         stacked = self.fill(flat)
         return StackedExperts(stacked.view(len(pieces), -1, stacked.shape[1]))
+
+    def _listed_experts(self, pieces: Sequence[Sequence[Piece]]) -> ListedExperts:
+        return ListedExperts(tuple(self.linear(own) for own in pieces))
+
+    def _counted_experts(self, pieces: Sequence[Sequence[Piece]]) -> ListedExperts:
+        """All of one kind take what the first of them takes."""
+        kinds = [tuple(map(self._is_quantised, own)) for own in pieces]
+        num_bytes = {kind: self._bytes_by_samples(own) for kind, own in dict(zip(kinds, pieces, strict=True)).items()}
+        self.on_progress(sum(num_bytes[kind] for kind in kinds))
+        return ListedExperts(())
 
     def _is_quantised(self, piece: Piece) -> bool:
         return self.quantisation.make is not None or self._is_stored_quantised(self._name_of(piece))
@@ -210,15 +213,29 @@ class Builder:
     def _counted(
         self, pieces: Sequence[Piece], bias: Tensor | None, quantisation: Quantisation | None = None
     ) -> DenseLinear:
-        """Reports what the product will take, which it learns from a few rows: arithmetic on the meta device would load
-        a part of torch that is larger than small models."""
-        sampler = Builder(self.family, _Zeros(self.source), self.dtype, quantisation=quantisation or self.quantisation)
-        for piece in pieces:
-            first = piece.part.rows[0][:SAMPLE_ROWS]
-            (sample,) = sampler._weights([replace(piece, part=replace(piece.part, rows=[first]), order=None)])
-            num_bytes = sampler._product(sample, None).num_bytes
-            self.on_progress(num_bytes * piece.part.num_rows // len(first))
+        self.on_progress(self._bytes_by_samples(pieces, quantisation))
         return DenseLinear(torch.empty(0, device=self.source.device), bias)
+
+    def _bytes_by_samples(self, pieces: Sequence[Piece], quantisation: Quantisation | None = None) -> int:
+        """What a product will take, which a few rows tell: arithmetic on the meta device would load a part of torch
+        that is larger than small models."""
+        sampler = Builder(self.family, _Zeros(self.source), self.dtype, quantisation=quantisation or self.quantisation)
+        # what a product can do depends on the remainder of its rows
+        sizes = [min(SAMPLE_ROWS + piece.part.num_rows % SAMPLE_ROWS, piece.part.num_rows) for piece in pieces]
+        num_bytes = fewest = sampler._bytes_of_samples(pieces, sizes)
+        for place, piece in enumerate(pieces):
+            if rest := piece.part.num_rows - sizes[place]:
+                more = [size + SAMPLE_ROWS * (place == other) for other, size in enumerate(sizes)]
+                num_bytes += (sampler._bytes_of_samples(pieces, more) - fewest) * rest // SAMPLE_ROWS
+        return num_bytes
+
+    def _bytes_of_samples(self, pieces: Sequence[Piece], sizes: Sequence[int]) -> int:
+        """What the products with so many rows of each piece take."""
+        samples = [
+            replace(piece, part=replace(piece.part, rows=first_rows(piece.part.rows, size)), order=None)
+            for piece, size in zip(pieces, sizes, strict=True)
+        ]
+        return sum(self._product(weight, None).num_bytes for weight in self._weights(samples))
 
     def _quantised(self, piece: Piece) -> QuantisedMatrix:
         part, scheme = piece.part, self.quantisation.scheme
@@ -314,6 +331,15 @@ def _is_equal(one: Linear, other: Linear) -> bool:
         is_equal = not one.codes.is_meta and torch.equal(one.codes, other.codes)
         return is_equal and torch.equal(one.scale, other.scale)
     return False
+
+
+def first_rows(runs: Sequence[range], count: int) -> list[range]:
+    """So many rows, counted from the first run on."""
+    result: list[range] = []
+    for run in runs:
+        result += [run[:count]] if count else []
+        count -= min(len(run), count)
+    return result
 
 
 def load_weights(

@@ -172,6 +172,13 @@ class TensorSource(Protocol):
             ConfigurationError: if the tensor is missing.
         """
 
+    def whole(self, name: str) -> Tensor | None:
+        """A small tensor as it is stored, also where only sizes are asked for; None if it will be made up.
+
+        Raises:
+            ConfigurationError: if the tensor is missing or not small.
+        """
+
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
         """Fill `target` [rows of the part, columns of the part], converting between floats of at least 16 bits; any
         other type is asked for only where it is stored.
@@ -208,13 +215,13 @@ class DummySource:
             return name == self._head + "bias" or (name == self._head + "weight" and not self._is_tied)
         return True
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> None:
+        return None
+
+    def whole(self, name: str) -> None:
         return None
 
     def copy_into(self, name: str, target: Tensor, part: Part) -> None:
-        if name.endswith("g_idx"):
-            # no order of columns is made up: what the caller assumes holds
-            return
         if target.dim() == 1 and name.endswith("weight"):
             target.fill_(1.0)
         elif target.itemsize == 1 or not target.dtype.is_floating_point:

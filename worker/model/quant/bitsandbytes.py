@@ -68,14 +68,12 @@ class FourBits:
 
     def _state(self, source: TensorSource, weight: str) -> State:
         name = f"{weight}.quant_state.bitsandbytes__{self.kind}"
-        shape = source.shape(name)
-        if shape is None:
+        octets = source.whole(name)
+        if octets is None:
             return State()
-        if len(shape) != 1 or shape[0] > MAX_STATE_BYTES:
-            raise ConfigurationError(f"tensor {name} has shape {list(shape)}, which no text of sizes has")
-        octets = torch.empty(shape, dtype=torch.uint8)
-        source.copy_into(name, octets, Part(shape, [range(shape[0])]))
-        return _parsed(bytes(octets.tolist()), name)
+        if octets.dtype is not torch.uint8 or octets.numel() > MAX_STATE_BYTES:
+            raise ConfigurationError(f"tensor {name} must hold a text of {MAX_STATE_BYTES} bytes at most")
+        return _parsed(bytes(octets.flatten().tolist()), name)
 
 
 def _parsed(text: bytes, name: str) -> State:
@@ -146,12 +144,9 @@ class EightBits:
         )
 
     def _check_format(self, source: TensorSource, name: str) -> None:
-        if not source.has(name) or source.shape(name) is None:
-            return
-        found = torch.zeros((), dtype=torch.uint8)
-        source.copy_into(name, found, Part((), []))
-        if found.item():
-            raise ConfigurationError(f"tensor {name} must be 0, which stands for rows, not {found.item()}")
+        stored = source.whole(name) if source.has(name) else None
+        if stored is not None and stored.any():
+            raise ConfigurationError(f"tensor {name} must be 0, which stands for rows")
 
 
 def bitsandbytes(config: ConfigReader) -> Quantisation:

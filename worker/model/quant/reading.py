@@ -100,16 +100,17 @@ def read_groups(
     Without `has_order` the tensor may be absent, or hold one number throughout, as tools wrote that had no use for it.
     """
     expected = neighbours(num_columns, group_size)[columns.start : columns.stop]
-    if not has_order and not source.has(name):
-        return expected
-    stored = expected.int()
-    source.copy_into(name, stored, Part((num_columns,), [columns]))
-    if not has_order and bool((stored == stored[:1]).all()):
+    stored = source.whole(name) if has_order or source.has(name) else None
+    if stored is None:
         return expected
     count = num_groups(num_columns, group_size)
+    if stored.shape != (num_columns,) or stored.dtype is not torch.int32:
+        raise ConfigurationError(f"tensor {name} must be I32 with shape [{num_columns}]")
+    if not has_order and bool((stored == stored[0]).all()):
+        return expected
     if bool(((stored < 0) | (stored >= count)).any()):
         raise ConfigurationError(f"tensor {name} must hold numbers of groups from 0 to {count - 1}")
-    return stored.long()
+    return stored[columns.start : columns.stop].long()
 
 
 @dataclass(frozen=True, slots=True)
