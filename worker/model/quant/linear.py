@@ -83,7 +83,7 @@ def _as_int8(matrix: QuantisedMatrix) -> Tensor | None:
     if matrix.codes.dtype is torch.int8 and matrix.zero is None:
         return matrix.codes
     is_centred = matrix.codes.dtype is torch.uint8 and matrix.zero is not None
-    if is_centred and (matrix.zero.is_meta or bool((matrix.zero == 128).all())):  # type: ignore[union-attr]
+    if is_centred and bool((matrix.zero == 128).all()):  # type: ignore[union-attr]
         return (matrix.codes ^ 128).view(torch.int8)
     return None
 
@@ -174,17 +174,19 @@ def _as_int4(matrix: QuantisedMatrix) -> tuple[QuantisedMatrix, int, Tensor | No
 def _int4_linear(
     matrix: QuantisedMatrix, group_size: int, order: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Int4Linear:
-    num_rows, num_columns = matrix.shape
-    columns = torch.arange(0, num_columns, group_size)
+    columns = torch.arange(0, matrix.shape[1], group_size)
     groups = matrix.groups[columns]
     scale = matrix.scale[:, groups]
     shift = scale * (8.0 if matrix.zero is None else 8.0 - matrix.zero[:, groups])
     scales = torch.stack((scale.t(), shift.t()), -1).to(dtype).contiguous()
-    if matrix.codes.is_meta:
-        packed = matrix.codes.new_empty((num_rows, num_columns // 2))
-    else:
-        packed = torch._convert_weight_to_int4pack_for_cpu(matrix.codes.int(), 1)
-    return Int4Linear(packed, scales, group_size, order, bias)
+    return Int4Linear(_packed(matrix.codes), scales, group_size, order, bias)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """uint8 [rows, columns / 2], some rows at a time because torch wants to have them as integers of 32 bits."""
+    size = max(DEQUANTISED_ELEMENTS // codes.shape[1] // INT4_BLOCK_ROWS, 1) * INT4_BLOCK_ROWS
+    parts = [torch._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in torch.split(codes, size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 # Everything else.
@@ -252,7 +254,7 @@ def coded_linear(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtyp
 
 def _pairs_of_nibbles(table: Tensor | None) -> Tensor:
     """float32 [256, 2]: what the lower and the upper half of a byte stand for."""
-    numbers = torch.arange(16, dtype=torch.float32) if table is None or table.is_meta else table
+    numbers = torch.arange(16, dtype=torch.float32) if table is None else table
     return torch.stack((numbers.repeat(16), numbers.repeat_interleave(16)), -1)
 
 

@@ -83,7 +83,7 @@ def _is_alike(one: QuantisedMatrix, other: QuantisedMatrix) -> bool:
         return False
     if one.table is None or other.table is None:
         return one.table is other.table
-    return one.table.is_meta or torch.equal(one.table, other.table)
+    return torch.equal(one.table, other.table)
 
 
 def _stack(matrices: Sequence[QuantisedMatrix]) -> QuantisedMatrix:
