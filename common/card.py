@@ -48,9 +48,11 @@ class ModelCard:
     is_encoder_decoder: bool = False
 
 
-def lane_of(served_name: str, weights_digest: str, tokenizer_digest: str, dtype: str, quantize: str) -> str:
+def lane_of(
+    served_name: str, weights_digest: str, tokenizer_digest: str, dtype: str, quantize: str, kv_cache_dtype: str
+) -> str:
     """Six characters of [a-z2-7] that change whenever an answer could: a job never changes model on its way."""
-    text = "\0".join((served_name, weights_digest, tokenizer_digest, dtype, quantize))
+    text = "\0".join((served_name, weights_digest, tokenizer_digest, dtype, quantize, kv_cache_dtype))
     return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:LANE_LENGTH]
 
 

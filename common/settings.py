@@ -126,6 +126,7 @@ def _split_commas(value: Any) -> Any:
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
 GPUS = Path("/proc/driver/nvidia/gpus")
 MAX_RANKS = 1024
+SHORT_DTYPES = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn"}
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -243,7 +244,9 @@ class WorkerSettings(CommonSettings):
     quantize: Quantize | None = option(
         None, "weights in few bits; without it: as the checkpoint says", "quantize", "quantization"
     )
-    kv_cache_dtype: str = option("auto", "type of the KV cache", "kv_cache_dtype")
+    kv_cache_dtype: Literal["auto", "int8", "fp8_e4m3fn", "fp8_e5m2"] = option(
+        "auto", "type of the KV cache; auto: that of the model, fp8 and fp8_e4m3: fp8_e4m3fn", "kv_cache_dtype"
+    )
     speculate: int = option(0, "length of speculated n-grams", "speculate")
     lora_adapters: Names = option(
         [],
@@ -301,7 +304,6 @@ class WorkerSettings(CommonSettings):
         "speculate",
         "lora_adapters",
         "enable_prefill_logprobs",
-        "kv_cache_dtype",
     )
     @classmethod
     def _not_in_this_version(cls, value: Any, info: Any) -> Any:
@@ -314,10 +316,10 @@ class WorkerSettings(CommonSettings):
     def _known_as(cls, value: Any) -> Any:
         return QUANTIZE_ALIASES.get(value, value)
 
-    @field_validator("dtype", mode="before")
+    @field_validator("dtype", "kv_cache_dtype", mode="before")
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
-        return {"half": "float16", "float": "float32"}.get(value, value)
+        return SHORT_DTYPES.get(value, value)
 
     @property
     def ranks_per_node(self) -> int:

@@ -242,7 +242,7 @@ def make_card(files: ModelFiles, ready: Ready, settings: WorkerSettings) -> Mode
     architectures = files.config.get("architectures") or [""]
     sampling = {name: files.generation_config[name] for name in SAMPLING_FIELDS if name in files.generation_config}
     return ModelCard(
-        lane=lane_of(names[0], ready.weights_digest, digest, ready.dtype, ready.quantize),
+        lane=lane_of(names[0], ready.weights_digest, digest, ready.dtype, ready.quantize, settings.kv_cache_dtype),
         served_name=names[0],
         aliases=tuple(names[1:]),
         model_id=files.model_id,

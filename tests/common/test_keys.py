@@ -46,7 +46,7 @@ def test_the_atomic_functions_know_each_key(name: str, function: object) -> None
 
 
 def test_a_job_id_carries_its_lane_and_110_random_bits() -> None:
-    lane = lane_of("demo", "w", "t", "float32", "")
+    lane = lane_of("demo", "w", "t", "float32", "", "auto")
     assert keys.LANE.fullmatch(lane)
     ids = {new_job_id(lane) for _ in range(1000)}
     assert len(ids) == 1000

@@ -10,6 +10,7 @@ import torch
 
 from worker.attention import Attention, Batch
 from worker.attention.cpu import CpuAttention
+from worker.attention.pages import page_width
 from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
@@ -17,6 +18,7 @@ from worker.model.families import read_spec
 from worker.model.loading import load_weights
 from worker.model.quant.choice import choose_quantisation
 from worker.model.spec import Spec
+from worker.model.t5 import T5
 from worker.parallel.group import Alone, Group
 
 BLOCK_SIZE = 16
@@ -42,7 +44,7 @@ def load_decoder(
 
 @torch.inference_mode()
 def paged_logits(
-    decoder: Decoder, sequences: list[list[int]], seed: int = 0
+    decoder: Decoder, sequences: list[list[int]], seed: int = 0, kv_type: torch.dtype | None = None
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Logits [length, vocab] of every position of every sequence, all running together in steps of random chunks.
 
@@ -56,10 +58,7 @@ def paged_logits(
     tables = np.zeros((len(sequences), max(num_blocks)), dtype=np.int64)
     for row, count in enumerate(num_blocks):
         tables[row, :count] = [deck.pop() for _ in range(count)]
-    num_layers, *head_shape = decoder.page_shape
-    shape = (num_layers, 2, sum(num_blocks) + 1, BLOCK_SIZE, *head_shape)
-    # what a page held before must not matter, as long as it is numbers
-    pages = torch.full(shape, 7.0, dtype=decoder.dtype)
+    pages = used_pages(decoder, sum(num_blocks) + 1, kv_type)
     computed = [0] * len(sequences)
     outputs: list[list[torch.Tensor]] = [[] for _ in sequences]
     steps: list[list[int]] = []
@@ -72,6 +71,14 @@ def paged_logits(
             computed[row] += len(part)
         steps.append(sizes)
     return [torch.cat(parts) for parts in outputs], steps
+
+
+def used_pages(model: Decoder | T5, num_pages: int, kv_type: torch.dtype | None = None) -> torch.Tensor:
+    """Pages of the model's type or another: what they held before must not matter, as long as it is numbers."""
+    kv_type = kv_type or model.dtype
+    num_layers, num_heads, head_dim = model.page_shape
+    shape = (num_layers, 2, num_pages, BLOCK_SIZE, num_heads, page_width(head_dim, kv_type))
+    return torch.full(shape, 7, dtype=kv_type)
 
 
 def _step(decoder, sequences, tables, pages, computed, rows, sizes) -> torch.Tensor:

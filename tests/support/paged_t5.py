@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.support.paged import BLOCK_SIZE
+from tests.support.paged import BLOCK_SIZE, used_pages
 from worker.attention import Attention, Batch
 from worker.attention.cpu import CpuAttention
 from worker.model.checkpoint import Checkpoint
@@ -43,7 +43,9 @@ def load_t5(
 
 
 @torch.inference_mode()
-def paged_logits(model: T5, pairs: list[Pair], seed: int = 0) -> tuple[list[torch.Tensor], list[list[int]]]:
+def paged_logits(
+    model: T5, pairs: list[Pair], seed: int = 0, kv_type: torch.dtype | None = None
+) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Logits [target, the rank's vocabulary] of every pair. Pairs come one a step, encoder first, and all that are
     there take random chunks of their targets together. Also returns the sizes of the chunks of each step.
 
@@ -56,9 +58,7 @@ def paged_logits(model: T5, pairs: list[Pair], seed: int = 0) -> tuple[list[torc
     tables = np.zeros((len(lengths), _num_blocks(max(lengths))), dtype=np.int64)
     for row, length in enumerate(lengths):
         tables[row, : _num_blocks(length)] = [deck.pop() for _ in range(_num_blocks(length))]
-    num_layers, *head_shape = model.page_shape
-    # what a page held before must not matter, as long as it is numbers
-    pages = torch.full((num_layers, 2, int(tables.max()) + 1, BLOCK_SIZE, *head_shape), 7.0, dtype=model.dtype)
+    pages = used_pages(model, int(tables.max()) + 1, kv_type)
     computed, outputs, steps = [0] * len(pairs), [[] for _ in pairs], []
     num_there = 0
     while any(done < len(pair.target) for done, pair in zip(computed, pairs)):

@@ -64,11 +64,6 @@ class Attention(Protocol):
         """Attention of this step's queries over the pages, which hold the step's own keys already: causal, or over
         `num_keys` where the batch says so.
 
-        `q` [t, heads, d], pages [pages, page size, kv heads, d]; heads is a multiple of kv
-        heads. Returns [t, heads, d].
+        `q` [t, heads, d], pages [pages, page size, kv heads, page width] of any type that pages may have (see
+        `worker.attention.pages`); heads is a multiple of kv heads. Returns [t, heads, d].
         """
-
-
-def write_pages(pages: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Put `values` [t, kv heads, d] at `slots` [t] of `pages` [pages, page size, kv heads, d]."""
-    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, values)

@@ -1,7 +1,7 @@
 """Paged attention on the CPU, through torch's fused kernel: decoding rows in padded groups, prompt chunks one by one.
 
-The kernel knows no pages, so the pages of a group are gathered into one tensor by one index_select. It knows no softcap
-either: such layers are written out over the same groups and slices.
+The kernel knows no pages, so those of a group are gathered into one tensor, in the type of the queries. It knows no
+softcap either: such layers are written out over the same groups and slices.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.attention import Batch, LayerShape
+from worker.attention.pages import read_pages
 from worker.attention.plan import ChunkSlice, DecodeGroup, PromptChunk, StepMeta, wide_type
 
 
@@ -35,12 +36,9 @@ class CpuAttention:
 
 def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: DecodeGroup, layer: LayerShape) -> Tensor:
     """`q` [rows of the group, heads, d], as the result."""
-    num_rows, num_keys = len(q), group.mask.shape[-1]
-    shape = (num_rows, num_keys, *k_pages.shape[2:])
-    k = k_pages.index_select(0, group.blocks).view(shape).transpose(1, 2)
-    v = v_pages.index_select(0, group.blocks).view(shape).transpose(1, 2)
+    k, v = _rows(k_pages, group, q.dtype), _rows(v_pages, group, q.dtype)
     # the query heads that share a kv head stand where the kernel expects a sequence of queries
-    folded = q.reshape(num_rows, k.shape[1], -1, q.shape[2])
+    folded = q.reshape(len(q), k.shape[1], -1, q.shape[2])
     if layer.softcap is None:
         result = scaled_dot_product_attention(folded, k, v, attn_mask=group.mask, scale=layer.scale)
     else:
@@ -48,11 +46,17 @@ def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: DecodeGrou
     return result.reshape(q.shape)
 
 
+def _rows(pages: Tensor, group: DecodeGroup, dtype: torch.dtype) -> Tensor:
+    """[rows of the group, kv heads, keys, d]."""
+    tokens = read_pages(pages, group.blocks, dtype)
+    return tokens.view(len(group.tokens), -1, *tokens.shape[1:]).transpose(1, 2)
+
+
 def _attend_chunk(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, chunk: PromptChunk, layer: LayerShape, out: Tensor
 ) -> None:
-    k = k_pages.index_select(0, chunk.blocks).flatten(0, 1).transpose(0, 1).unsqueeze(1)
-    v = v_pages.index_select(0, chunk.blocks).flatten(0, 1).transpose(0, 1).unsqueeze(1)
+    k = read_pages(k_pages, chunk.blocks, q.dtype).transpose(0, 1).unsqueeze(1)
+    v = read_pages(v_pages, chunk.blocks, q.dtype).transpose(0, 1).unsqueeze(1)
     if layer.softcap is not None:
         k, v = _wide(k), _wide(v)
     for part in chunk.slices:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.attention import Batch, LayerShape
+from worker.attention.pages import read_pages
 
 
 class ReferenceAttention:
@@ -18,26 +19,26 @@ class ReferenceAttention:
         assert layer.window is None or meta.num_keys is None
         outputs, first = [], 0
         lengths = meta.starts + meta.num_queries if meta.num_keys is None else meta.num_keys
+        wide = torch.promote_types(q.dtype, torch.float32)
         for row, count in enumerate(meta.num_queries.tolist()):
             start, length = int(meta.starts[row]), int(lengths[row])
             table = torch.from_numpy(meta.block_tables[row]).to(q.device)
-            k, v = _gather(k_pages, table, length), _gather(v_pages, table, length)
+            k, v = (_gather(pages, table, length, wide) for pages in (k_pages, v_pages))
             outputs.append(_attend_row(q[first : first + count], k, v, start, layer, meta.num_keys is None))
             first += count
         return torch.cat(outputs)
 
 
-def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
+def _gather(pages: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The first `length` tokens of the row with this block table, [length, kv heads, d]."""
-    num_blocks = -(-length // pages.shape[1])
-    return pages[table[:num_blocks]].flatten(0, 1)[:length]
+    return read_pages(pages, table[: -(-length // pages.shape[1])], dtype)[:length]
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, start: int, layer: LayerShape, is_causal: bool) -> Tensor:
     """`q` [n, heads, d] at positions from `start` on; `k`, `v` [keys, kv heads, d] at positions from 0 on."""
-    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
-    k, v = k.to(wide).repeat_interleave(group, 1), v.to(wide).repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) * layer.scale
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(k.dtype), k) * layer.scale
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
     query_positions = torch.arange(start, start + len(q), device=q.device)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.attention import Attention, Batch, LayerShape, write_pages
+from worker.attention import Attention, Batch, LayerShape
+from worker.attention.pages import write_pages
 from worker.model import rope
 from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, mlp, rms_norm, softcap
 from worker.model.moe import mixture
@@ -80,8 +81,9 @@ class Decoder:
     def forward(self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.
 
-        `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, d]; `wanted` int64
-        [k] indices of the tokens whose logits are needed. Returns logits [k, the rank's part of the vocabulary].
+        `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, page width];
+        `wanted` int64 [k] indices of the tokens whose logits are needed. Returns logits [k, the rank's part of the
+        vocabulary].
         """
         x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
         for layer, weights in enumerate(self.weights.layers):

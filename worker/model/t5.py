@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker.attention import Attention, Batch, LayerShape, write_pages
+from worker.attention import Attention, Batch, LayerShape
+from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
 from worker.model.layers import ACTIVATION_FUNCTIONS, mlp, rms_norm
@@ -89,6 +90,7 @@ class T5:
         self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
+        self._head_shape = (self.num_kv_heads, spec.head_dim)
         self.vocabulary = self.group.shard.bounds(spec.vocab_size)
         self._activation = ACTIVATION_FUNCTIONS[spec.activation]
         self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
@@ -106,7 +108,7 @@ class T5:
         """
         x = self._encoder_output(tokens)
         for layer, cross in enumerate(self.weights.crosses):
-            k, v = cross.kv(x).view(len(x), 2, *pages.shape[-2:]).unbind(1)
+            k, v = cross.kv(x).view(len(x), 2, *self._head_shape).unbind(1)
             write_pages(pages[layer, 0], k, slots)
             write_pages(pages[layer, 1], v, slots)
 
@@ -116,8 +118,8 @@ class T5:
         """Run one step of the decoder and write its keys and values into `pages`.
 
         `tokens`, `positions` int64 [t], the latter those that `batch` implies; `pages` [layers, 2, pages, page size,
-        the rank's heads, d]; `wanted` int64 [k] indices of the tokens whose logits are needed; `cross` has the queries
-        of `batch` over the pages that `encode` filled. Returns logits [k, the rank's part of the vocabulary].
+        the rank's heads, page width]; `wanted` int64 [k] indices of the tokens whose logits are needed; `cross` has the
+        queries of `batch` over the pages that `encode` filled. Returns logits [k, the rank's part of the vocabulary].
         """
         stack, x = self.weights.decoder, self._embed(tokens)
         meta, cross_meta = (self._attention.prepare(each, pages.shape[3]) for each in (batch, cross))
@@ -134,7 +136,7 @@ class T5:
         zero, slots = np.zeros(1, np.int64), torch.arange(size, device=x.device)
         batch = Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
         meta = self._attention.prepare(batch, size)
-        pages = x.new_empty((2, 1, size, self.num_kv_heads, self.spec.head_dim))
+        pages = x.new_empty((2, 1, size, *self._head_shape))
         for weights in stack.layers:
             x = x + self._attend(x, weights, pages, slots, meta, self._encoder_shape)
             x = x + self._feed_forward(x, weights)
@@ -149,7 +151,7 @@ class T5:
     def _attend(
         self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
     ) -> Tensor:
-        heads = weights.qkv(self._norm(x, weights.attention_norm)).view(len(x), 3, *pages.shape[-2:])
+        heads = weights.qkv(self._norm(x, weights.attention_norm)).view(len(x), 3, *self._head_shape)
         q, k, v = heads.unbind(1)
         write_pages(pages[0], k, slots)
         write_pages(pages[1], v, slots)
@@ -157,7 +159,7 @@ class T5:
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _attend_across(self, x: Tensor, weights: CrossLayer, pages: Tensor, meta: Any) -> Tensor:
-        q = weights.q(self._norm(x, weights.norm)).view(len(x), *pages.shape[-2:])
+        q = weights.q(self._norm(x, weights.norm)).view(len(x), *self._head_shape)
         attended = self._attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 

@@ -13,6 +13,7 @@ from common.errors import ConfigurationError
 from common.settings import WorkerSettings
 from worker.attention import Attention
 from worker.attention.cpu import CpuAttention
+from worker.attention.pages import choose_kv_type, page_width
 from worker.attention.reference import ReferenceAttention
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
@@ -61,11 +62,16 @@ def load_device(
     model = _load(settings, spec, family, source, dtype, group, quantisation, on_progress)
     return_freed_memory()
     reasons += _quantisation_reasons(quantisation, model, num_bytes)
-    memory = KvMemory(_free_bytes(settings, group), _kv_bytes_per_token(spec, group.shard, dtype), num_ranks)
+    kv_type = choose_kv_type(settings.kv_cache_dtype, dtype)
+    kv_bytes, unsaved = (_kv_bytes_per_token(spec, group.shard, each) for each in (kv_type, dtype))
+    if kv_type is not dtype:
+        saving = f"a token takes {readable(kv_bytes)} instead of {readable(unsaved)}{on_each(num_ranks)}"
+        reasons.append(f"kv_cache_dtype {settings.kv_cache_dtype}: {saving}")
+    memory = KvMemory(_free_bytes(settings, group), kv_bytes, num_ranks)
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):
         reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
-    device = _device(model, settings, limits)
+    device = _device(model, kv_type, settings, limits)
     return device, _ready(settings, spec, dtype, quantisation, digest, limits, reasons)
 
 
@@ -91,9 +97,10 @@ def check_shards(spec: AnySpec, num_shards: int) -> None:
         )
 
 
-def _kv_bytes_per_token(spec: AnySpec, shard: Shard, dtype: torch.dtype) -> int:
+def _kv_bytes_per_token(spec: AnySpec, shard: Shard, kv_type: torch.dtype) -> int:
     """Bytes that keys and values of one token take on this rank over all layers."""
-    return 2 * spec.num_layers * len(shard.kv_heads(spec.num_kv_heads)) * spec.head_dim * dtype.itemsize
+    num_heads = 2 * spec.num_layers * len(shard.kv_heads(spec.num_kv_heads))
+    return num_heads * page_width(spec.head_dim, kv_type) * kv_type.itemsize
 
 
 def _num_cores() -> int:
@@ -177,10 +184,11 @@ def _load(
     return Decoder(spec, weights, attention, group, longest)
 
 
-def _device(model: Model, settings: WorkerSettings, limits: Limits) -> TorchDevice:
+def _device(model: Model, kv_type: torch.dtype, settings: WorkerSettings, limits: Limits) -> TorchDevice:
     try:
         return TorchDevice(
             model,
+            kv_type,
             num_blocks=limits.kv_tokens // settings.block_size,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,

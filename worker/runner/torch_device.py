@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.attention import Batch
+from worker.attention.pages import clean_pages, page_width
 from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
 from worker.model.t5 import T5
@@ -26,18 +27,26 @@ NOT_IN_VOCABULARY = "a token of the prompt is outside the model's vocabulary"
 class TorchDevice:
     """A CPU runs what it is told at once, so nothing is ever in flight: `forward` and `sample` return when done.
 
-    `pages` [layers, 2, num_blocks + 1, block size, kv heads, head_dim] holds all keys and values; page 0 is for
-    padding.
+    `pages` [layers, 2, num_blocks + 1, block size, kv heads, page width] of `kv_type` holds all keys and values; page 0
+    is for padding.
     """
 
     depth = 0
 
     def __init__(
-        self, model: Model, *, num_blocks: int, block_size: int, max_num_seqs: int, max_total_tokens: int
+        self,
+        model: Model,
+        kv_type: torch.dtype,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_total_tokens: int,
     ) -> None:
         self._model, self._block_size = model, block_size
         num_layers, num_heads, head_dim = model.page_shape
-        self.pages = untouched_zeros((num_layers, 2, num_blocks + 1, block_size, num_heads, head_dim), model.dtype)
+        shape = (num_layers, 2, num_blocks + 1, block_size, num_heads, page_width(head_dim, kv_type))
+        self.pages = untouched_zeros(shape, kv_type)
         self._vocabulary = Vocabulary(model.spec.vocab_size, model.group)
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, self._vocabulary.mine)
         self._row_errors: dict[int, str] = {}
@@ -134,7 +143,8 @@ class TorchDevice:
         own = self.rows.block_tables[row, : -(-length // self._block_size)]
         cross = self.rows.cross_tables[row, : -(-int(self.rows.cross_lengths[row]) // self._block_size)]
         blocks: Tensor = torch.from_numpy(np.concatenate((own, cross)))
-        self.pages[:, :, blocks] = self.pages[:, :, blocks].nan_to_num(posinf=0.0, neginf=0.0)
+        for pages in self.pages.flatten(0, 1):
+            clean_pages(pages, blocks, self._model.dtype)
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

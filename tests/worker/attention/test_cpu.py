@@ -17,8 +17,9 @@ from tests.worker.attention.cases import (
     random_case,
     run,
 )
-from worker.attention import Batch, LayerShape, plan, write_pages
+from worker.attention import Batch, LayerShape, plan
 from worker.attention.cpu import CpuAttention
+from worker.attention.pages import write_pages
 from worker.attention.reference import ReferenceAttention
 
 
