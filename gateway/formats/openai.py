@@ -209,7 +209,7 @@ def finish_word(record: JobRecord) -> str | None:
 
 
 def fingerprint(job_id: str) -> str:
-    """The lane: it changes whenever weights, tokenizer, dtype or quantisation do."""
+    """The lane: it changes whenever weights, tokenizer, a dtype or the quantisation do."""
     return f"fp_{job_id[:6]}"
 
 

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,7 @@ class Part:
 # from many short examples and only once the model has stopped to spend its effort on the sentences; the third is mostly
 # counting, because to stop a row at the right number is what is learned last.
 PARTS = (Part(SENTENCES, 120_000, 20), Part(NUMBERS, 110_000, 21), Part(COUNTS, 50_000, 22))
+HELD_OUT_SEED = 23
 
 
 def question(rng: random.Random, language: str, mixture: Mixture) -> Pair:
@@ -349,6 +351,15 @@ def corpus(part: Part, num_documents: int | None = None) -> list[Document]:
         if not any(has_held_out_prompt(text) for text in candidate.parts):
             documents.append(candidate)
     return documents
+
+
+@cache
+def held_out(num_documents: int) -> tuple[Document, ...]:
+    """Documents like those of the second part, always the same, with no turn that occurs anywhere in the corpus."""
+    known = {turn for part in PARTS for known_document in corpus(part) for turn in known_document.turns}
+    rng = random.Random(HELD_OUT_SEED)
+    candidates = iter(lambda: document(rng, PARTS[1].mixture), None)
+    return tuple(islice((candidate for candidate in candidates if known.isdisjoint(candidate.turns)), num_documents))
 
 
 def plain_sentences() -> list[str]:

@@ -89,6 +89,13 @@ def test_names_of_vllm_are_aliases() -> None:
     assert settings.served_model_name == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e4m3fn"])
+def test_names_of_one_kv_type_are_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(WorkerSettings, ["--kv-cache-dtype", name]).kv_cache_dtype == "fp8_e4m3fn"
+    monkeypatch.setenv("KV_CACHE_DTYPE", name)
+    assert environment_of(parse(UpSettings, []), WorkerSettings) == {"KV_CACHE_DTYPE": "fp8_e4m3fn"}
+
+
 def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     settings = parse(UpSettings, ["--cuda-graphs", "1,2", "--ngrok", "--max-batch-size=4", "--port", "81"])
     assert settings.port == 81
@@ -123,6 +130,10 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
         (["--quantize", "exl2"], f"--quantize: Input should be {SCHEMES}"),
         (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
+        (
+            ["--kv-cache-dtype", "fp16"],
+            "--kv-cache-dtype: Input should be 'auto', 'int8', 'fp8_e4m3fn' or 'fp8_e5m2'",
+        ),
         (["--rope-scaling", "yarn"], "--rope-scaling: Input should be 'linear' or 'dynamic'"),
         (["--rope-factor", "0.5"], "--rope-factor: Input should be greater than or equal to 1"),
         (["--workers", "-1"], "--workers: Input should be greater than or equal to 0"),

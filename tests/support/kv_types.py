@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
+
+from worker.attention import pages as kv_pages
+from worker.model import decoder, t5
 
 KV_TYPES = {"int8": torch.int8, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """By the value of --kv-cache-dtype."""
@@ -37,11 +43,19 @@ def half_steps(values: torch.Tensor, kv_type: torch.dtype) -> torch.Tensor:
     return sizes.mul(2.0 ** -(bits + 1)).clamp(min=2.0 ** -(bits + BIASES[kv_type]))
 
 
+def with_other_scales(pages: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """int8 pages of which the scales [..., heads, 1] are others."""
+    scales = pages[..., -2:].contiguous().view(torch.bfloat16)
+    return torch.cat((pages[..., :-2], change(scales).contiguous().view(torch.int8)), -1)
+
+
 def with_scales_of_other_heads(pages: torch.Tensor) -> torch.Tensor:
-    """int8 pages of which each head has the scale of its neighbour."""
-    wrong = pages.clone()
-    wrong[..., -2:] = pages[..., -2:].roll(1, -2)
-    return wrong
+    return with_other_scales(pages, lambda scales: scales.roll(1, -2))
+
+
+def with_larger_scales(pages: torch.Tensor) -> torch.Tensor:
+    """By a fiftieth."""
+    return with_other_scales(pages, lambda scales: scales * 1.02)
 
 
 def nearest(values: torch.Tensor, kv_type: torch.dtype) -> torch.Tensor:
@@ -53,3 +67,35 @@ def nearest(values: torch.Tensor, kv_type: torch.dtype) -> torch.Tensor:
     numbers = numbers[numbers.isfinite()].unique()
     places = torch.bucketize(values.double().contiguous(), (numbers[1:] + numbers[:-1]) / 2)
     return numbers[places].to(values.dtype)
+
+
+def write_instead(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """From here on models write pages in another way."""
+    for module in (decoder, t5):
+        monkeypatch.setattr(module, "write_pages", write)
+
+
+def spoil_what_is_written(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From here on models spoil the places [t, heads, page width] of int8 pages that they wrote."""
+
+    def write(pages: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        kv_pages.write_pages(pages, values, slots)
+        if pages.dtype is torch.int8:
+            places = pages.view(-1, *pages.shape[2:])
+            places[slots] = spoil(places[slots])
+
+    write_instead(monkeypatch, write)
+
+
+def share_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on int8 pages are wrong: what is written together has the scale of its largest number in each head."""
+    encode = kv_pages._multiples_and_scale
+
+    def encode_together(values: torch.Tensor) -> torch.Tensor:
+        largest = values.abs().amax((0, 2))[:, None].expand(len(values), -1, 1)
+        encoded = encode(torch.cat((values, largest), -1))
+        return torch.cat((encoded[..., : values.shape[-1]], encoded[..., -2:]), -1)
+
+    monkeypatch.setattr(kv_pages, "_multiples_and_scale", encode_together)

@@ -58,10 +58,11 @@ def test_the_lane_follows_whatever_changes_an_answer(folder: Path) -> None:
     settings = options(folder)
     lanes = {make_card(read(folder), READY, settings).lane}
     lanes.add(make_card(read(folder), READY, options(folder, served_model_name=["other"])).lane)
+    lanes |= {make_card(read(folder), READY, options(folder, kv_cache_dtype=kind)).lane for kind in ("fp8", "fp8_e4m3")}
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text + " ")
     lanes.add(make_card(read(folder), READY, settings).lane)
-    assert len(lanes) == 3
+    assert len(lanes) == 4
     assert make_card(read(folder), READY, settings).lane in lanes
 
 

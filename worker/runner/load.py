@@ -66,7 +66,7 @@ def load_device(
     kv_bytes, unsaved = (_kv_bytes_per_token(spec, group.shard, each) for each in (kv_type, dtype))
     if kv_type is not dtype:
         saving = f"a token takes {readable(kv_bytes)} instead of {readable(unsaved)}{on_each(num_ranks)}"
-        reasons.append(f"kv_cache_dtype {settings.kv_cache_dtype}: {saving}")
+        reasons.append(f"kv_cache_dtype {settings.kv_cache_dtype}: {saving}; a CPU reads it more slowly")
     memory = KvMemory(_free_bytes(settings, group), kv_bytes, num_ranks)
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):

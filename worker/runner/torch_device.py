@@ -52,6 +52,10 @@ class TorchDevice:
         self._row_errors: dict[int, str] = {}
         self._logits = torch.zeros((0, len(model.vocabulary)), dtype=model.dtype)
 
+    @property
+    def model(self) -> Model:
+        return self._model
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         self._apply(plan)

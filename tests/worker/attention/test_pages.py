@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.kv_types import KV_TYPES, decoded, half_steps, with_scales_of_other_heads
+from tests.support.kv_types import (
+    KV_TYPES,
+    decoded,
+    half_steps,
+    share_scales,
+    with_larger_scales,
+    with_scales_of_other_heads,
+)
 from tests.worker.attention.cases import BLOCK_SIZE, KINDS, Case, kind_case, run
-from worker.attention import pages as kv_pages
 from worker.attention.cpu import CpuAttention
 from worker.attention.pages import choose_kv_type, clean_pages, page_width, read_pages, write_pages
 from worker.attention.reference import ReferenceAttention
@@ -66,9 +72,7 @@ def test_wrong_scales_and_steps_are_told_apart():
     values = random_values()
     right = written(torch.int8, values)
     assert not is_within_half_a_step(with_scales_of_other_heads(right), values)
-    larger = right.clone()
-    larger[..., -2] += 1
-    assert not is_within_half_a_step(larger, values)
+    assert not is_within_half_a_step(with_larger_scales(right), values)
     for kv_type in (torch.float8_e4m3fn, torch.float8_e5m2):
         next_ones = written(kv_type, values).view(torch.uint8).bitwise_xor(1).view(kv_type)
         assert not is_within_half_a_step(next_ones, values)
@@ -106,14 +110,7 @@ def test_bytes_of_a_token_do_not_depend_on_its_company(kv_type):
 
 
 def test_a_scale_that_tokens_share_is_told_apart(monkeypatch):
-    encode = kv_pages._multiples_and_scale
-
-    def encode_together(values: torch.Tensor) -> torch.Tensor:
-        largest = values.abs().amax((0, 2))[:, None].expand(len(values), -1, 1)
-        encoded = encode(torch.cat((values, largest), -1))
-        return torch.cat((encoded[..., :HEAD_DIM], encoded[..., -2:]), -1)
-
-    monkeypatch.setattr(kv_pages, "_multiples_and_scale", encode_together)
+    share_scales(monkeypatch)
     assert not torch.equal(bytes_in_pieces(torch.int8, PIECES), bytes_in_pieces(torch.int8, [NUM_TOKENS]))
 
 
@@ -171,7 +168,7 @@ ROWS = dict(lengths=[1, 9, 40, 40, 100, 17], counts=[1, 1, 1, 13, 1, 17])
 
 @each_type
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 4e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 4e-6), (torch.bfloat16, 4e-2)])
 def test_attention_is_that_over_the_numbers_that_pages_mean(kind, kv_type, dtype, bar):
     case, layer = kind_case(kind, **ROWS, dtype=dtype)
     case = encoded(case, kv_type)

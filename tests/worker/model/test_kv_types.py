@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from tests.support import paged_t5, tiny_t5
-from tests.support.kv_types import KV_TYPES, nearest, with_scales_of_other_heads
+from tests.support.kv_types import (
+    KV_TYPES,
+    nearest,
+    share_scales,
+    spoil_what_is_written,
+    with_scales_of_other_heads,
+    write_instead,
+)
 from tests.support.lockstep import run_ranks
 from tests.support.paged import BLOCK_SIZE, load_decoder, paged_logits, relative_error
-from worker.attention import pages as kv_pages
 from worker.attention.pages import write_pages
-from worker.model import decoder as decoder_module
-from worker.model import t5 as t5_module
 
 EXACT = 1e-12
 """What float64 rounds, with all of these models' sums."""
@@ -55,11 +59,6 @@ def random_ids(seed: int, length: int) -> list[int]:
     return torch.randint(tiny_t5.VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def write_instead(monkeypatch, write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
-    for module in (decoder_module, t5_module):
-        monkeypatch.setattr(module, "write_pages", write)
-
-
 def rounded_logits(run: Run, kv_type: torch.dtype, monkeypatch) -> Logits:
     """Of pages in float64, where whatever is written is first rounded as the format says."""
 
@@ -95,14 +94,9 @@ def swapped(pages: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("spoil", [with_scales_of_other_heads, swapped])
 def test_wrong_scales_and_heads_are_beyond_the_bar(model, monkeypatch, name, spoil):
-    def write(pages: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        write_pages(pages, values, slots)
-        places = pages.view(-1, *pages.shape[2:])
-        places[slots] = spoil(places[slots])
-
     run = model(name)
     expected = run(torch.float64)
-    write_instead(monkeypatch, write)
+    spoil_what_is_written(monkeypatch, spoil)
     assert mean_error(run(torch.int8), expected) > BARS[torch.int8]
 
 
@@ -117,14 +111,7 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(model, name, kv_type):
 
 
 def test_a_scale_that_the_tokens_of_a_step_share_is_told_apart(model, monkeypatch):
-    encode = kv_pages._multiples_and_scale
-
-    def encode_together(values: torch.Tensor) -> torch.Tensor:
-        largest = values.abs().amax((0, 2))[:, None].expand(len(values), -1, 1)
-        encoded = encode(torch.cat((values, largest), -1))
-        return torch.cat((encoded[..., : values.shape[-1]], encoded[..., -2:]), -1)
-
-    monkeypatch.setattr(kv_pages, "_multiples_and_scale", encode_together)
+    share_scales(monkeypatch)
     run = model("llama")
     assert relative_error(run(torch.int8, seed=1), run(torch.int8, seed=2)) > 1e-4
 

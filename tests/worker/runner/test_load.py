@@ -152,6 +152,31 @@ def test_the_default_pool_follows_the_free_memory(load, monkeypatch):
     assert any("the default of" in reason for reason in ready.reasons)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "option", "numerator", "denominator", "saving"),
+    [
+        ("bfloat16", "fp8_e5m2", 1, 2, "96 B instead of 192 B"),
+        ("float32", "fp8_e4m3fn", 1, 4, "96 B instead of 384 B"),
+        # two bytes more for the scale of eight numbers
+        ("bfloat16", "int8", 10, 16, "120 B instead of 192 B"),
+        ("float32", "int8", 10, 32, "120 B instead of 384 B"),
+    ],
+)
+def test_a_cache_of_8_bits_takes_its_share_of_the_memory(
+    load, monkeypatch, dtype, option, numerator, denominator, saving
+):
+    whole, wide_ready = load(dtype=dtype, kv_tokens=2048)
+    device, ready = load(dtype=dtype, kv_tokens=2048, kv_cache_dtype=option)
+    assert denominator * device.pages.nbytes == numerator * whole.pages.nbytes
+    assert ready.reasons[0] == f"kv_cache_dtype {option}: a token takes {saving}; a CPU reads it more slowly"
+    assert f"({readable(device.pages[:, :, 1:].nbytes)})" in ready.reasons[1]
+    assert "kv_cache_dtype" not in "".join(wide_ready.reasons)
+    # so much more fits into what is free
+    monkeypatch.setattr(loading, "available_bytes", lambda: 1_000_000)
+    num_tokens = [load(dtype=dtype, kv_tokens=None, kv_cache_dtype=each)[1].kv_tokens for each in ("auto", option)]
+    assert num_tokens[1] == pytest.approx(num_tokens[0] * denominator / numerator, abs=3 * 16)
+
+
 def test_too_little_memory_is_one_sentence(load, monkeypatch):
     monkeypatch.setattr(loading, "available_bytes", lambda: 1000)
     assert "only 1000 B of memory is free" in refusal(load)

@@ -14,6 +14,8 @@ import torch
 
 from common.job import PenaltyKind, SamplingParams
 from tests.support import tiny_models
+from tests.support.kv_types import KV_TYPES, share_scales
+from worker.attention.pages import read_pages
 from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan
 from worker.engine.loop import EngineLoop
 from worker.engine.pacing import PrefillPacer
@@ -158,6 +160,40 @@ def test_in_float64_company_preemption_and_prefixes_change_no_token(load, monkey
     assert together["0"] == reference("qwen2_late_window", ids, torch.float64)[0]
 
 
+def crowd_of_ten(load) -> dict[str, list[int]]:
+    engine = Engine(*load("llama", dtype="float64", kv_cache_dtype="int8", kv_tokens=384, max_batch_prefill_tokens=48,
+                          max_num_seqs=16, max_total_tokens=200))  # fmt: skip
+    for name in TEN:
+        ids, params = mixed_requests()[name]
+        engine.submit(name, ids, **params)
+    tokens, stats = engine.run(), engine.scheduler.snapshot()
+    assert engine.device.pages.dtype is torch.int8
+    assert engine.largest_batch >= 5
+    assert min(stats["preemptions"], stats["prefix_hits"], stats["chunked_prompts"]) >= 3
+    return tokens
+
+
+TEN = [str(number) for number in range(10)]
+
+
+def test_in_8_bits_company_preemption_and_prefixes_change_no_token(load, monkeypatch):
+    monkeypatch.setattr(Scheduler, "_fits_later", lambda *_: True)
+    together, alone = crowd_of_ten(load), {}
+    for name in TEN:
+        ids, params = mixed_requests()[name]
+        engine = Engine(*load("llama", dtype="float64", kv_cache_dtype="int8"))
+        engine.submit(name, ids, **params)
+        alone |= engine.run()
+    assert together == alone
+    moved = Engine(*load("llama", dtype="float64", kv_cache_dtype="int8"))
+    for name in TEN:
+        ids, params = mixed_requests()[name]
+        moved.submit(name, ids, alone[name][:17], **params)
+    assert moved.run() == alone, "a migrated request went on in another way"
+    share_scales(monkeypatch)
+    assert crowd_of_ten(load) != alone, "a token's bytes depended on its company, and nobody noticed"
+
+
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("cut", [1, 17, 47])
 def test_a_migrated_request_goes_on_as_if_undisturbed(load, params, cut):
@@ -276,8 +312,10 @@ def test_ids_outside_the_vocabulary_are_an_error_of_their_row_only(load):
     assert later.ids[0] == alone.ids[0]
 
 
-def test_pages_of_a_failed_row_harm_nobody(load):
-    device, _ = load()
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", *KV_TYPES])
+def test_pages_of_a_failed_row_harm_nobody(load, kv_cache_dtype):
+    device, _ = load(kv_cache_dtype=kv_cache_dtype)
+    every = torch.arange(device.pages.shape[2])
     ids = prompt(1, 4)
     good = step(device, plan([0], [4], [0], ids, [1], [(0, 0, 1)], [init(0, ids)]))
     embed = device._model.weights.embed.weight
@@ -286,7 +324,7 @@ def test_pages_of_a_failed_row_harm_nobody(load):
     bad = step(device, plan([1], [4], [0], [9, 9, 9, 9], [1], [(1, 0, 2)], [init(1, [9] * 4)]))
     embed[9] = saved
     assert list(bad.errors) == [0]
-    assert torch.isfinite(device.pages).all()
+    assert all(read_pages(pages, every, torch.float32).isfinite().all() for pages in device.pages.flatten(0, 1))
     again = step(device, plan([2], [4], [0], ids, [1], [(2, 0, 2)], [init(2, ids)], [1]))
     assert again.ids[0] == good.ids[0]
 
