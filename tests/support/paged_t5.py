@@ -15,6 +15,7 @@ from worker.attention.cpu import CpuAttention
 from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.families import read_spec
+from worker.model.quant.choice import choose_quantisation
 from worker.model.spec import T5Spec
 from worker.model.t5 import T5, load_t5_weights
 from worker.parallel.group import Alone, Group
@@ -36,9 +37,10 @@ def load_t5(
     group: Group | None = None,
 ) -> T5:
     """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says."""
-    read, family = read_spec(read_config(folder))
-    group = group or Alone()
-    weights = load_t5_weights(spec or read, family, Checkpoint(folder), dtype, group.shard)
+    config = read_config(folder)
+    read, family = read_spec(config)
+    group, quantisation = group or Alone(), choose_quantisation(None, config)
+    weights = load_t5_weights(spec or read, family, Checkpoint(folder), dtype, group.shard, quantisation=quantisation)
     return T5(spec or read, weights, attention or CpuAttention(), group)
 
 

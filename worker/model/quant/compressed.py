@@ -135,9 +135,10 @@ def compressed(config: ConfigReader) -> Quantisation:
     has_inputs = False
     for name in groups.names():
         group = groups.section(name)
-        group.ignore("targets")
+        group.ignore("targets", "format")
         has_inputs |= bool(group.get("input_activations") or group.get("output_activations"))
-        kinds.append(_kind(group, form))
+        if group.get("weights") is not None:
+            kinds.append(_kind(group, form))
     if not kinds:
         raise config.error("config_groups must have a group of modules that are quantised")
     scheme = Compressed(tuple(dict.fromkeys(kinds)))
@@ -147,8 +148,8 @@ def compressed(config: ConfigReader) -> Quantisation:
 def _refuse_the_rest(config: ConfigReader) -> None:
     """Sparse weights, transformed ones, and numbers for a cache of few bits."""
     sparsity = config.section("sparsity_config")
-    if sparsity.get("format", "dense") == "dense":
-        sparsity.ignore(*sparsity.names())
+    sparsity.require(format="dense")
+    sparsity.ignore(*sparsity.names())
     config.section("transform_config").require(config_groups={})
     config.require(kv_cache_scheme=None)
 

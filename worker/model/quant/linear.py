@@ -196,7 +196,7 @@ def _packed(codes: Tensor) -> Tensor:
 class CodedLinear:
     """Any quantised matrix, dequantised block by block for every product.
 
-    `codes` are as in QuantisedMatrix, but of four bits two neighbours share a byte, the first in its lower half.
+    `codes` are as in QuantisedMatrix, but of up to four bits two neighbours share a byte, the first in its lower half.
     `pairs` [256 or 65536, 2] are the numbers of two neighbouring codes, where looking up two at once beats converting
     one. `groups` is None where groups are neighbours of one size.
     """
@@ -242,7 +242,7 @@ def coded_linear(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtyp
     wide = torch.promote_types(dtype, torch.float32)
     groups = None if matrix.group_size() else matrix.groups
     codes, pairs = matrix.codes, None
-    if matrix.num_bits == 4 and codes.shape[1] % 2 == 0:
+    if matrix.num_bits <= 4 and codes.shape[1] % 2 == 0:
         codes, pairs = codes[:, ::2] | codes[:, 1::2] << 4, _pairs_of_nibbles(matrix.table)
     elif codes.dtype.is_floating_point and codes.shape[1] % 2 == 0:
         pairs = _pairs_of_bytes(codes.dtype)

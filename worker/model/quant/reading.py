@@ -14,7 +14,9 @@ from worker.model.quant.matrix import neighbours
 from worker.model.weights import Part, TensorSource
 
 WORD_BITS = 32
-EIGHT_BITS_NOTE = "the checkpoint's makers round activations to 8 bits too; here they keep the model's type"
+EIGHT_BITS_NOTE = (
+    "activations keep the model's type, which is more exact than the 8 bits that the checkpoint is meant for"
+)
 
 
 def read(source: TensorSource, name: str, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:

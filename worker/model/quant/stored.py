@@ -39,7 +39,7 @@ def stored_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     if any(other != values for _, other in found):
         raise ConfigurationError(f"config.json: {' and '.join(name for name, _ in found)} must be the same")
     method = _method(values, name)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         known = ", ".join(METHODS)
         raise ConfigurationError(
             f"config.json: {name}: quant_method {method!r:.60} is not supported; supported are {known}"
