@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from common import wire
@@ -44,7 +44,6 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     special_ids: tuple[int, ...]
     default_sampling: dict[str, Any] = field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
     is_encoder_decoder: bool = False
 
 
@@ -60,8 +59,11 @@ def encode_card(card: ModelCard) -> bytes:
     return wire.pack([wire.VERSION, "card", asdict(card)])
 
 
+_FIELDS = {item.name for item in fields(ModelCard)}
+
+
 def decode_card(data: bytes) -> ModelCard:
-    """Inverse of `encode_card`.
+    """Inverse of `encode_card`; fields that other versions of workers have are ignored.
 
     Raises:
         WireError: if the bytes are not a card of this version.
@@ -69,9 +71,9 @@ def decode_card(data: bytes) -> ModelCard:
     value = wire.unpack(data)
     if not isinstance(value, list) or value[:2] != [wire.VERSION, "card"]:
         raise WireError("not a model card of this version")
-    fields = value[2]
-    tuples = ("aliases", "eos_token_ids", "special_ids", "adapters")
+    tuples = ("aliases", "eos_token_ids", "special_ids")
     try:
-        return ModelCard(**(fields | {name: tuple(fields[name]) for name in tuples}))
-    except (KeyError, TypeError) as error:
+        found = {name: item for name, item in value[2].items() if name in _FIELDS}
+        return ModelCard(**(found | {name: tuple(found[name]) for name in tuples}))
+    except (AttributeError, KeyError, TypeError) as error:
         raise WireError(f"not a model card: {error}") from error

@@ -131,6 +131,10 @@ def fingerprint(lane: str) -> str:
     return f"{tag(lane)}:fp"
 
 
+def adapters(lane: str) -> str:
+    return f"{tag(lane)}:ad"
+
+
 def incarnations(lane: str) -> str:
     return f"{tag(lane)}:ws"
 

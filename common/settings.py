@@ -34,6 +34,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from common.adapters import read_sources
 from common.errors import ConfigurationError
 
 SettingsType = TypeVar("SettingsType", bound=BaseSettings)
@@ -300,9 +301,19 @@ class WorkerSettings(CommonSettings):
     huggingface_hub_cache: str | None = option(None, "folder for downloads from the hub", "huggingface_hub_cache")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = option(0, "port of this worker's own metrics; 0: none")
 
+    @field_validator("lora_adapters")
+    @classmethod
+    def _check_adapters(cls, value: list[str]) -> list[str]:
+        read_sources(value)
+        return value
+
+    @property
+    def adapter_sources(self) -> dict[str, str]:
+        """Sources of `lora_adapters` by their names."""
+        return read_sources(self.lora_adapters)
+
     @field_validator(
         "speculate",
-        "lora_adapters",
         "enable_prefill_logprobs",
     )
     @classmethod

@@ -68,8 +68,14 @@ def adapter_of(fields: dict[str, Any] | None) -> Adapter | None:
 
 
 def encode_job(job: Job) -> bytes:
-    """The body a worker reads: everything of the job but its rendering view, which stays in the record."""
-    fields = {key: value for key, value in asdict(job).items() if key != "view"}
+    """The body a worker reads: everything of the job but its rendering view, which stays in the record.
+
+    Without an adapter it is what workers read that know of none.
+    """
+    fields = asdict(job)
+    del fields["view"]
+    if job.adapter is None:
+        del fields["adapter"]
     return pack([VERSION, "job", fields])
 
 

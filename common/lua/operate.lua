@@ -13,6 +13,7 @@ local function announce(K, A)
         return redis.error_reply('OTHERMODEL live workers serve another model in this lane')
       end
     end
+    C('DEL', L .. ':ad')
   end
   C('SET', L .. ':model', card, 'EX', CARD_TTL)
   C('SET', L .. ':fp', fingerprint, 'EX', CARD_TTL)
@@ -22,7 +23,7 @@ end
 local function retire(K, A)
   local R, L = reader(K, A)
   done(R)
-  return C('DEL', L .. ':model', L .. ':fp') > 0 and 1 or 0
+  return C('DEL', L .. ':model', L .. ':fp', L .. ':ad') > 0 and 1 or 0
 end
 
 local function drain(K, A)

@@ -92,6 +92,7 @@ local function beats(L)
   if is_served then
     C('EXPIRE', L .. ':model', CARD_TTL)
     C('EXPIRE', L .. ':fp', CARD_TTL)
+    C('EXPIRE', L .. ':ad', CARD_TTL)
   end
   return rows
 end

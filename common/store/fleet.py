@@ -9,14 +9,18 @@ import time
 from typing import Any
 
 from common import keys, wire
+from common.adapters import MAX_ADAPTERS
 from common.card import ModelCard, decode_card, encode_card
-from common.errors import StoreError
+from common.errors import Conflict, StoreError, ValidationError
 from common.store.connection import Connection
 from common.store.reaper import TOKENIZER_TTL_S, recover
 from common.store.replies import (
+    AdapterEntry,
+    AdapterFinding,
     ApiKey,
     DeadLetter,
     WorkerInfo,
+    decode_adapter,
     decode_worker,
     encode_worker,
     hash_pairs,
@@ -29,6 +33,7 @@ REPORT_TTL_S = 60
 KEY_PREFIX = "if-"
 MAX_DEAD_LETTERS = 1000
 LIMITS = ("max_input_tokens", "max_total_tokens")
+NOT_LOOKED_AT = AdapterFinding()
 
 
 async def loading_workers(connection: Connection) -> list[WorkerInfo]:
@@ -42,6 +47,11 @@ async def loading_workers(connection: Connection) -> list[WorkerInfo]:
         await connection.run("SREM", keys.WORKERS, *gone)
     infos = [decode_worker(report) for report in reports if report is not None]
     return [info for info in infos if info.state == "loading"]
+
+
+def new_token() -> str:
+    """A name for one registration of an adapter."""
+    return secrets.token_hex(8)
 
 
 def digest_of_key(text: str) -> str:
@@ -82,6 +92,48 @@ class FleetStore:
             if data is not None:
                 cards.append(await self._with_live_limits(decode_card(data)))
         return cards
+
+    async def adapters(self, lane: str) -> list[AdapterEntry]:
+        """All registered adapters of a lane, by name."""
+        pairs = hash_pairs(await self.connection.run("HGETALL", keys.adapters(lane)))
+        return sorted((decode_adapter(string(name), data) for name, data in pairs), key=lambda entry: entry.name)
+
+    async def adapter(self, lane: str, name: str) -> AdapterEntry | None:
+        data = await self.connection.run("HGET", keys.adapters(lane), name)
+        return None if data is None else decode_adapter(name, data)
+
+    async def put_adapter(
+        self,
+        lane: str,
+        name: str,
+        source: str,
+        *,
+        token: str = "",
+        worker_id: str = "",
+        found: AdapterFinding = NOT_LOOKED_AT,
+    ) -> AdapterEntry:
+        """Register an adapter for a worker to look at, or as ready when `worker_id` has `found` it to fit.
+
+        The registration that there is already stays if it means the same: see its `token`.
+
+        Raises:
+            Conflict: `adapter_exists`, the name stands for another one, for `worker_id` only while others serve it.
+            ValidationError: `too_many_adapters`.
+        """
+        args = (name, source, token or new_token(), worker_id, found.digest, found.rank, found.place)
+        verdict, packed = await self.connection.call("adapter_put", lane, *args)
+        if string(verdict) == "FULL":
+            message = f"this model has {MAX_ADAPTERS} adapters; unload one first"
+            raise ValidationError(message, code="too_many_adapters", param="name")
+        entry = decode_adapter(name, packed)
+        if string(verdict) == "TAKEN":
+            message = f"adapter {name!r} is registered from {entry.source!r}; unload it first"
+            raise Conflict(message, code="adapter_exists", param="name")
+        return entry
+
+    async def drop_adapter(self, lane: str, entry: AdapterEntry) -> bool:
+        """Remove a registration: jobs that have it go on. False if another one has the name by now."""
+        return bool(integer(await self.connection.call("adapter_drop", lane, entry.name, entry.token)))
 
     async def tokenizer(self, digest: str) -> bytes | None:
         """The bytes of tokenizer.json, None when no worker announced it lately."""

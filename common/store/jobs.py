@@ -18,8 +18,8 @@ from common.store.replies import Submission, integer, stream_entries, string
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 NUM_RANDOM_CHARACTERS = 22
-PROTOCOL = 1
-"""Lowest version of the worker protocol that can run the jobs we submit; older workers leave them in the queue."""
+PROTOCOL, WITHOUT_ADAPTERS = 2, 1
+"""Version of the worker protocol that our workers speak, and the one before."""
 MAX_LOG_ENTRIES = 4096
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 NO_WORKER_RETRY_S = 5.0
@@ -32,6 +32,11 @@ def new_job_id(lane: str) -> str:
 
 
 lane_of_job = keys.lane_of_job
+
+
+def protocol_of(job: Job) -> int:
+    """Lowest version of the worker protocol that can run `job`; older workers leave it in the queue."""
+    return WITHOUT_ADAPTERS if job.adapter is None else PROTOCOL
 
 
 class JobStore:
@@ -167,7 +172,7 @@ def _submission_args(
         gateway or "",
         max_queued_tokens,
         tenant_max_jobs,
-        PROTOCOL,
+        protocol_of(job),
         wire.pack(job.view),
         wire.encode_job(job),
         secrets.token_hex(8),

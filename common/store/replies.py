@@ -7,7 +7,7 @@ from typing import Any
 
 from common import wire
 from common.errors import WireError
-from common.job import FinishReason, Job, JobState
+from common.job import Adapter, FinishReason, Job, JobState
 
 
 def string(value: Any) -> str:
@@ -147,7 +147,7 @@ class StepCall:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """`verb`: "cancel" | "expire" | "attach" | "detach" | "drain"; `gateway` for attach and detach."""
+    """`verb`: "cancel" | "expire" | "attach" | "detach" | "drain" | "adapters"; `gateway` for attach and detach."""
 
     cursor: str
     verb: str
@@ -212,6 +212,54 @@ class DeadLetter:
     failed_ms: int
     error_code: str
     error_message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFinding:
+    """What a worker found of an adapter: `error`, one sentence, or all the rest.
+
+    `place` is its source so precisely that it stays the same: an absolute folder, or a hub id with the commit.
+    """
+
+    digest: str = ""
+    rank: int = 0
+    place: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterEntry:
+    """One registered adapter of a lane. `state`: loading | ready | failed; `found` is empty while it is loading.
+
+    `token` names the registration, `source` is what the operator wrote.
+    """
+
+    name: str
+    source: str
+    token: str
+    state: str
+    found: AdapterFinding
+    created_ms: int
+
+    @property
+    def adapter(self) -> Adapter:
+        """As jobs carry it."""
+        return Adapter(self.name, self.found.place, self.found.digest)
+
+
+def decode_adapter(name: str, data: bytes) -> AdapterEntry:
+    """An entry as the atomic functions write it.
+
+    Raises:
+        WireError: it is something else.
+    """
+    fields = wire.unpack(data)
+    try:
+        found = AdapterFinding(**{key: fields[key] for key in ("digest", "rank", "place", "error")})
+        own = {key: fields[key] for key in ("source", "token", "state")}
+        return AdapterEntry(name=name, **own, found=found, created_ms=fields["created"])
+    except (KeyError, TypeError) as error:
+        raise WireError(f"not an adapter: {error}") from error
 
 
 _WORKER_FIELDS = {item.name for item in fields(WorkerInfo)}

@@ -17,9 +17,21 @@ from common.errors import ConfigurationError, StepGap, StoreError, UnknownIncarn
 from common.job import Job, TokenColumns
 from common.store.connection import AWAY, Connection
 from common.store.fleet import FleetStore
-from common.store.jobs import CLASSES, PROTOCOL
+from common.store.jobs import CLASSES, PROTOCOL, protocol_of
 from common.store.reaper import MAX_ATTEMPTS, recover, tails_of
-from common.store.replies import Control, Hello, Owned, StepCall, StepReply, Taken, integer, string
+from common.store.replies import (
+    AdapterEntry,
+    AdapterFinding,
+    Control,
+    Hello,
+    Owned,
+    StepCall,
+    StepReply,
+    Taken,
+    decode_adapter,
+    integer,
+    string,
+)
 
 MAX_CODE, MAX_MESSAGE = 64, 1000
 """Characters of an error that a record keeps."""
@@ -134,7 +146,7 @@ class WorkerStore:
         grace = -1 if job.orphan_grace_s is None else round(job.orphan_grace_s * 1000)
         payload = wire.encode_columns(columns) if columns.ids else b""
         idempotency = (keys.digest_of(job.idempotency_key) if job.idempotency_key else "", job.body_hash or "-")
-        args = (*fields, job.result_ttl_s, grace, len(job.prompt_ids), *idempotency, PROTOCOL, view, body)
+        args = (*fields, job.result_ttl_s, grace, len(job.prompt_ids), *idempotency, protocol_of(job), view, body)
         return bool(await self._call("adopt", job_id, epoch, columns.start, columns.end, payload, *args))
 
     async def release(
@@ -149,6 +161,15 @@ class WorkerStore:
             start, end, payload = tails[job_id]
             await self._call("release", job_id, epoch, start, end, payload, int(count_attempt), max_attempts)
             self._views.pop(job_id, None)
+
+    async def settle_adapter(self, name: str, token: str, found: AdapterFinding) -> AdapterEntry | None:
+        """Say what was found of registration `token`; the first worker's word counts.
+
+        Returns what stands now, None when the registration was dropped or replaced.
+        """
+        error = found.error[:MAX_MESSAGE]
+        packed = await self._call("adapter_settle", name, token, found.digest, found.rank, found.place, error)
+        return None if packed is None else decode_adapter(name, packed)
 
     async def wait_for_work(self, timeout_s: float) -> bool:
         """Sleep until the doorbell of the lane rings; False after `timeout_s` or when Redis is away.

@@ -34,6 +34,8 @@ SCHEMES = (
     "'none', 'int8', 'int4', 'fp8', 'bitsandbytes', 'bitsandbytes-nf4', 'bitsandbytes-fp4', 'gptq', 'awq' or "
     "'compressed-tensors'"
 )
+FORMS = "name=folder nor owner/name[@revision] of a hub"
+NAMES = "an adapter's name is 1 to 96 of [A-Za-z0-9._-], in parts divided by /"
 NO_ADDRESS = "--num-nodes above 1 needs --rendezvous HOST:PORT, an address of machine 0"
 
 
@@ -129,11 +131,14 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         ([*TWO_NODES, "--node-rank", "1"], "a machine with a --node-rank above 0 runs `inferfleet worker`, not `up`"),
         ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
         (["--quantize", "exl2"], f"--quantize: Input should be {SCHEMES}"),
-        (["--lora-adapters", "a=b"], "--lora-adapters: is not available in this version"),
         (
             ["--kv-cache-dtype", "fp16"],
             "--kv-cache-dtype: Input should be 'auto', 'int8', 'fp8_e4m3fn' or 'fp8_e5m2'",
         ),
+        (["--lora-adapters", "a=b,a=c"], "--lora-adapters: 'a' is given twice"),
+        (["--lora-adapters", "./fr"], f"--lora-adapters: './fr' is neither {FORMS}"),
+        (["--lora-adapters", "é=./fr"], f"--lora-adapters: {NAMES}"),
+        (["--max-loras", "0"], "--max-loras: Input should be greater than 0"),
         (["--rope-scaling", "yarn"], "--rope-scaling: Input should be 'linear' or 'dynamic'"),
         (["--rope-factor", "0.5"], "--rope-factor: Input should be greater than or equal to 1"),
         (["--workers", "-1"], "--workers: Input should be greater than or equal to 0"),
@@ -145,6 +150,14 @@ def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse(UpSettings, arguments)
     assert str(caught.value) == message
+
+
+def test_adapters_have_names_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse(UpSettings, ["--lora-adapters", "fr=/adapters/fr, org/sql@v2"])
+    assert settings.adapter_sources == {"fr": "/adapters/fr", "org/sql": "org/sql@v2"}
+    for name, value in environment_of(settings, WorkerSettings).items():
+        monkeypatch.setenv(name, value)
+    assert parse(WorkerSettings, []).adapter_sources == settings.adapter_sources
 
 
 def test_secrets_do_not_show() -> None:

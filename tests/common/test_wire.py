@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.errors import WireError
-from common.job import Dialect, Job, Priority, SamplingParams, TokenColumns, TopToken
+from common.job import Adapter, Dialect, Job, Priority, SamplingParams, TokenColumns, TopToken
 
 TEXTS = st.text(max_size=20)
 NUMBERS = st.integers(min_value=0, max_value=2**40)
@@ -40,6 +40,7 @@ JOBS = st.builds(
     timeout_s=FLOATS,
     orphan_grace_s=st.none() | FLOATS,
     idempotency_key=TEXTS,
+    adapter=st.none() | st.builds(Adapter, TEXTS, TEXTS, TEXTS),
     view=st.just({}),
 )
 TOPS = st.lists(st.builds(TopToken, NUMBERS, TEXTS, FLOATS), max_size=2)
@@ -62,6 +63,20 @@ def token_columns(draw: Any) -> TokenColumns:
 @given(JOBS)
 def test_a_job_comes_back_the_same(job: Job) -> None:
     assert wire.decode_job(wire.encode_job(job)) == job
+
+
+def test_workers_that_know_of_no_adapters_read_jobs_without_one() -> None:
+    job = Job(
+        job_id="j",
+        tenant="t",
+        dialect=Dialect.CHAT,
+        prompt_ids=[1],
+        params=SamplingParams(max_new_tokens=1),
+        cost=1,
+        adapter=Adapter("fr", "/adapters/fr", "0f"),
+    )
+    assert "adapter" in msgpack.unpackb(wire.encode_job(job))[2]
+    assert "adapter" not in msgpack.unpackb(wire.encode_job(replace(job, adapter=None)))[2]
 
 
 @given(JOBS, st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=2))

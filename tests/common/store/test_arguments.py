@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common import wire
+from common import keys, wire
 from common.errors import StoreError
 from common.job import JobState
 from common.store import jobs as jobs_module
@@ -42,6 +42,9 @@ def good_calls(agent: FakeAgent, job_id: str, waiting: str) -> dict[str, list[An
         "detach": [waiting, "g1"],
         "erase": [waiting, "default", "aa"],
         "redrive": [waiting, "aa"],
+        "adapter_put": ["fr", b"/adapters/fr", "aa", "w1", "0f" * 16, 8, b"/real/fr"],
+        "adapter_settle": [*me, "fr", "aa", "0f" * 16, 8, b"/real/fr", b""],
+        "adapter_drop": ["fr", "aa"],
         "announce": [b"card", "ab12"],
         "retire": [],
         "drain": me,
@@ -95,6 +98,18 @@ async def test_malformed_arguments_change_no_key(
             await connection.call(function, lane, *args)
     if function not in ("requeue",):
         await connection.call(function, LANE, *args)
+
+
+@pytest.mark.parametrize("place", [b"/a\0b", b"/a\nb", b"x" * 5000])
+async def test_places_of_adapters_hold_no_control_characters(
+    place: bytes, agent: FakeAgent, connection: Connection, redis_server: ServerUnderTest
+) -> None:
+    args = good_calls(agent, "", "")["adapter_put"]
+    for index in (1, 6):
+        with pytest.raises(StoreError, match="BADARG"):
+            await connection.call("adapter_put", LANE, *args[:index], place, *args[index + 1 :])
+    with redis_server.client() as client:
+        assert not client.exists(keys.adapters(LANE))
 
 
 async def test_write_reaches_only_keys_of_the_fleet(connection: Connection, redis_server: ServerUnderTest) -> None:

@@ -24,7 +24,7 @@ from common.store.connection import Connection, info_field, library, meaning_of
 from common.store.fleet import FleetStore
 from common.store.jobs import JobStore
 from common.store.reaper import recover
-from common.store.replies import Chunk
+from common.store.replies import AdapterFinding, Chunk
 from tests.support.protocol import LANE, FakeAgent, columns, make_card, make_job, payload, submit
 from tests.support.proxy import Proxy
 from tests.support.redis_server import ServerUnderTest
@@ -203,6 +203,21 @@ async def test_lost_replies_of_what_operators_ask(
     assert len(await fleet.keys()) == 1
     await losing("retire", lambda: fleet.retire(LANE))
     assert await fleet.cards() == []
+
+
+async def test_lost_replies_register_settle_and_drop_an_adapter_once(
+    far: Connection, losing: Losing, agent: FakeAgent, connection: Connection
+) -> None:
+    fleet, worker = FleetStore(far), await FakeAgent(far, "w2").start()
+    entry = await losing("adapter_put", lambda: fleet.put_adapter(LANE, "fr", "/adapters/fr"))
+    assert await fleet.adapters(LANE) == [entry]
+    assert [control.verb for control in (await agent.step()).controls] == ["adapters"]
+    found = AdapterFinding(digest="0f", rank=8, place="/real/fr")
+    settled = await losing("adapter_settle", lambda: worker.store.settle_adapter("fr", entry.token, found))
+    assert [settled] == await fleet.adapters(LANE)
+    assert settled.found == found
+    assert await losing("adapter_drop", lambda: fleet.drop_adapter(LANE, entry))
+    assert await fleet.adapters(LANE) == []
 
 
 async def test_a_lost_reply_of_adopt_adopts(far: Connection, losing: Losing, jobs: JobStore) -> None:

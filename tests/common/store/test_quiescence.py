@@ -27,6 +27,7 @@ WITH_TTL = {
     keys.rate(LANE): 3600,
     keys.model(LANE): 3600,
     keys.fingerprint(LANE): 3600,
+    keys.adapters(LANE): 3600,
     keys.tokenizer("d1"): 7 * 86400,
     keys.worker_report("w9"): 60,
 }
@@ -55,6 +56,7 @@ async def work(jobs: JobStore, fleet: FleetStore, connection: Connection) -> Non
     await fleet.announce(make_card(), b"{}")
     await fleet.report(WorkerInfo(id="w9", state="loading"))
     await fleet.create_key("default")
+    await fleet.put_adapter(LANE, "fr", "/adapters/fr")
     agent = await FakeAgent(connection, "w1").start()
     for number in range(24):
         options = {"idempotency_key": f"k{number}", "body_hash": "h"} if number % 2 else {}

@@ -10,7 +10,7 @@ from common import keys
 from common.errors import ConfigurationError, Fenced, UnknownIncarnation
 from common.job import JobState, Priority
 from common.store.connection import Connection
-from common.store.jobs import JobStore
+from common.store.jobs import PROTOCOL, JobStore
 from common.store.replies import Owned
 from common.store.workers import WorkerStore
 from tests.support.protocol import LANE, FakeAgent, columns, make_job, submit
@@ -106,10 +106,10 @@ async def test_a_job_of_a_newer_protocol_is_left_for_newer_workers(
     await submit(jobs, newer)
     await submit(jobs, ours)
     with redis_server.client() as client:
-        client.hset(keys.record(LANE, newer.job_id), "pv", 2)
+        client.hset(keys.record(LANE, newer.job_id), "pv", PROTOCOL + 1)
     assert [item.job.job_id for item in await agent.take()] == [ours.job_id]
     with redis_server.client() as client:
-        client.hset(keys.record(LANE, newer.job_id), "pv", 1)
+        client.hset(keys.record(LANE, newer.job_id), "pv", PROTOCOL)
     assert [item.job.job_id for item in await agent.take()] == [newer.job_id]
 
 
