@@ -23,7 +23,9 @@ def check_name(name: str) -> None:
 def check_source(source: str) -> None:
     """Raises ValueError unless it may be a folder or the id of a hub; whether there is one, workers find out."""
     if not source or len(source) > MAX_SOURCE or not source.isprintable():
-        raise ValueError(f"an adapter's source is a folder or owner/name[@revision], of at most {MAX_SOURCE} characters")
+        raise ValueError(
+            f"an adapter's source is a folder or owner/name[@revision], of at most {MAX_SOURCE} characters"
+        )
     if "://" in source:
         raise ValueError("an adapter's source is no URL but a folder or owner/name[@revision] of a hub")
 

@@ -13,6 +13,7 @@ from common.job import Job, Priority
 from common.settings import GatewaySettings
 from common.store.jobs import JobStore, new_job_id
 from common.store.replies import Submission
+from gateway.formats import adapter_id_of
 from gateway.formats.base import JobDraft, Limits
 from gateway.models import ModelRegistry, ServedModel
 
@@ -52,12 +53,12 @@ class Admission:
             self.num_open -= 1
 
     async def parse(self, parser: Parser[Draft], body: dict[str, Any], num_bytes: int, model: str | None) -> Draft:
-        """Run a format's parser with the model the client names.
+        """Run a format's parser with the model and the adapter the client names.
 
         Raises:
             RequestError: unknown model, or whatever the parser refuses.
         """
-        served = await self._registry.find(model)
+        served = await self._registry.find(model, adapter_id_of(body))
         if num_bytes < LONG_BODY:
             return parser(body, served, self.limits)
         return await asyncio.to_thread(parser, body, served, self.limits)
@@ -81,6 +82,7 @@ class Admission:
 
         `timeout_s` counts from now, `result_ttl_s` from the job's end; without `orphan_grace_s` it needs no follower.
         """
+        adapter = {} if draft.adapter is None else {"adapter": draft.adapter.name}
         return Job(
             job_id=job_id or new_job_id(draft.lane),
             tenant=tenant,
@@ -95,7 +97,8 @@ class Admission:
             idempotency_key=idempotency_key,
             body_hash=body_hash,
             cache_salt=tenant,
-            view={"metadata": {}} | draft.view | {"via": via, "request_id": request_id},
+            adapter=draft.adapter,
+            view={"metadata": {}} | draft.view | adapter | {"via": via, "request_id": request_id},
         )
 
     async def submit(self, job: Job, *, gateway_id: str | None = None) -> Submission:

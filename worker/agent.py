@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import socket
@@ -16,18 +17,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
+from functools import partial
+from typing import Any
 
 from common import wire
 from common.card import ModelCard
 from common.errors import (
     ConfigurationError,
+    Conflict,
     Fenced,
     StepGap,
     StoreError,
     StoreUnavailable,
     UnknownIncarnation,
+    ValidationError,
 )
-from common.job import TokenColumns
+from common.job import JobState, TokenColumns
 from common.settings import WorkerSettings
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
@@ -36,13 +41,15 @@ from common.store.reaper import Reaper
 from common.store.replies import Taken, WorkerInfo
 from common.store.workers import WorkerStore
 from common.text.tokenizer import TextTokenizer
-from worker.announce import ModelFiles, ModelSearch, make_card, read_model, served_name
+from worker.adapters import Adapters, Brought
+from worker.announce import ModelFiles, find_model, make_card, read_model, served_name
 from worker.credit import Credit
 from worker.engine_client import REAL_ENGINE, settings_json, thread_environment
 from worker.engine_keeper import EngineKeeper
 from worker.held import CANCEL_REASONS, Held, HeldJobs
 from worker.metrics import WorkerMetrics
-from worker.pipe import Abort, Message, Progress, Ready, Step, Submit
+from worker.pipe import Abort, AdapterChecked, Message, Progress, Ready, Step, Submit
+from worker.search import Search
 
 BEATS_PER_LEASE = 5
 RECONCILE_S = 10.0
@@ -59,6 +66,8 @@ MAX_SUSPECTS = 1
 NUM_NONCE_BYTES = 8
 LOG_PROGRESS_S = 5.0
 UNREPORT_LIMIT_S = 1.0
+NUM_LEASES = 2.0
+"""That a worker waits for others to be gone who serve another adapter by a name that it brings."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +97,8 @@ class Agent:
         self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
         self._started_ms = round(time.time() * 1000)
         environment = thread_environment(settings.threads, settings.ranks_per_node)
-        self._search = ModelSearch(settings)
+        self._search = Search(partial(find_model, settings))
+        self._adapters = Adapters(settings, self._send, self._on_no_adapter, self._wake)
         self._engine = EngineKeeper(command, environment, clock, self)
         self._stats: dict[str, float] = {}
         self._num_fenced = 0
@@ -102,7 +112,7 @@ class Agent:
         self._identity = Identity.NEW
         self._last_call = self._last_reconcile = self._last_stats = 0.0
         self._starting: set[str] = set()
-        self._is_serving, self._is_over = asyncio.Event(), asyncio.Event()
+        self._is_loaded, self._is_serving, self._is_over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._news, self._room_changed = asyncio.Event(), asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -120,7 +130,7 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as group:
                 serving = (self._converse(), self._pull(), self._watch(), self._reap())
-                loops = (self._compute(), self._report_loading(), *serving)
+                loops = (self._compute(), self._open(), self._report_loading(), *serving)
                 tasks = [group.create_task(loop) for loop in loops]
                 await self._is_over.wait()
                 await self._end_loops(tasks)
@@ -129,14 +139,21 @@ class Agent:
         return 0
 
     async def _compute(self) -> None:
-        """Find the model and keep an engine running with it."""
+        """Find the model and its adapters, and keep an engine running with it."""
         try:
-            folder = await self._search.folder()
+            folder = await self._search.result()
             self._files: ModelFiles = await asyncio.to_thread(read_model, folder, self._settings)
             self._tokenizer = TextTokenizer(self._files.tokenizer_json)
+            await self._adapters.find_own()
             await self._engine.run(settings_json(self._settings, str(folder)))
         finally:
             self._is_over.set()
+
+    async def _open(self) -> None:
+        """Serve as soon as the model is loaded and the adapters of the command line are known to fit it."""
+        await self._is_loaded.wait()
+        await self._adapters.check_own((self._card.served_name, *self._card.aliases))
+        self._is_serving.set()
 
     @staticmethod
     async def _end_loops(tasks: list[asyncio.Task[None]]) -> None:
@@ -150,6 +167,7 @@ class Agent:
         if self._is_serving.is_set():
             await self._store.close()
         await self._engine.close()
+        await self._adapters.close()
         await self._search.close()
         if not self._is_serving.is_set():
             with suppress(StoreError, TimeoutError):
@@ -178,14 +196,19 @@ class Agent:
     @property
     def is_downloading(self) -> bool:
         """After `run`: whether a thread of a download is left, which waits for the network."""
-        return self._search.is_running
+        return self._running_search is not None
+
+    @property
+    def _running_search(self) -> Search[Any] | None:
+        return self._search if self._search.is_running else self._adapters.search
 
     @property
     def _farewell(self) -> str:
         if self._is_serving.is_set():
             return "draining: no more jobs are taken"
-        if self._search.is_running:
-            return "stopped while the model was fetched; the same command goes on with the files that are missing"
+        if self._running_search is not None:
+            what = "the model" if self._search.is_running else "an adapter"
+            return f"stopped while {what} was fetched; the same command goes on with the files that are missing"
         return "stopped before the model was loaded"
 
     @property
@@ -201,7 +224,8 @@ class Agent:
     def on_ready(self, ready: Ready) -> None:
         """The engine has loaded: the lane is known now, and jobs may come."""
         card = make_card(self._files, ready, self._settings)
-        if self._is_serving.is_set():
+        self._adapters.on_engine_ready()
+        if self._is_loaded.is_set():
             if card.lane != self._card.lane:
                 raise ConfigurationError("the model's files changed while it was served; start the worker again")
             self._room_changed.set()
@@ -211,7 +235,7 @@ class Agent:
         self._credit = Credit(min(ready.max_num_seqs, self._settings.max_num_seqs), ready.kv_tokens)
         self._store = WorkerStore(self._connection, card.lane, self.worker_id, "")
         self._begin_incarnation()
-        self._is_serving.set()
+        self._is_loaded.set()
 
     def _log_limits(self, ready: Ready) -> None:
         for reason in ready.reasons:
@@ -225,8 +249,12 @@ class Agent:
         self._news.set()
         self._room_changed.set()
 
+    def on_adapter_checked(self, answer: AdapterChecked) -> None:
+        self._adapters.on_checked(answer)
+
     def on_engine_lost(self) -> None:
         self.metrics.engine_deaths.inc()
+        self._adapters.on_engine_lost()
         self._is_engine_lost = self._is_serving.is_set()
         self._stats["waiting"] = 0
         self._news.set()
@@ -234,12 +262,30 @@ class Agent:
     def _send(self, message: Message) -> None:
         """To the engine; a job that comes while there is none goes back to the queue."""
         if isinstance(message, Submit):
+            placed = self._adapters.placed(message)
+            if placed is None:
+                return
+            message = placed
             if not self._engine.is_ready:
                 self._to_release[(message.request_id, message.epoch)] = False
                 self._news.set()
-            if len(self._jobs.running) <= 1:
+            if self._num_computing <= 1:
                 self._engine.rest()
+        elif isinstance(message, Abort):
+            self._adapters.abort(message.request_ids)
         self._engine.send(message)
+
+    @property
+    def _num_computing(self) -> int:
+        """Jobs that the engine has."""
+        return len(self._jobs.running) - self._adapters.num_waiting
+
+    def _on_no_adapter(self, submit: Submit, problem: str) -> None:
+        self._jobs.fail(submit.request_id, submit.epoch, "adapter_error", problem)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
 
     async def _report_loading(self) -> None:
         """Be visible to gateways and people until hello."""
@@ -257,7 +303,7 @@ class Agent:
 
     @property
     def _progress(self) -> Progress:
-        return self._search.progress if self._search.is_running else self._engine.progress
+        return self._engine.progress if self._running_search is None else self._running_search.progress
 
     def _info(self, progress: Progress) -> WorkerInfo:
         return WorkerInfo(
@@ -295,6 +341,8 @@ class Agent:
         assert end is not None
         self.metrics.ended(end.state, end.finish_reason, num_tokens)
         self._credit.finished(num_tokens)
+        if end.state is JobState.FAILED and held.job.adapter is not None:
+            self._adapters.forget(held.job.adapter.digest)
         self._room_changed.set()
         logger.debug("job %s: %s after %d tokens", held.job.job_id, end.state.value, num_tokens)
 
@@ -335,7 +383,8 @@ class Agent:
 
     @property
     def _has_business(self) -> bool:
-        return self._is_engine_lost or bool(self._to_release) or (self._is_draining and self._jobs.is_empty)
+        has_word = bool(self._to_release) or bool(self._adapters.unsaid)
+        return self._is_engine_lost or has_word or (self._is_draining and self._jobs.is_empty)
 
     @property
     def _may_merge(self) -> bool:
@@ -362,6 +411,8 @@ class Agent:
         self._engine.commit(self._jobs.outbox.settled_step)
         if self._to_release:
             await self._release()
+        if self._adapters.unsaid:
+            await self._settle_adapters()
         if self._clock() - self._last_reconcile >= RECONCILE_S:
             await self._reconcile()
         if self._is_draining and self._jobs.is_empty and not self._starting:
@@ -370,6 +421,7 @@ class Agent:
     async def _introduce(self) -> None:
         """Say hello; and when Redis may have forgotten what it was told, tell it again before the next step."""
         await self._announce()
+        await self._put_adapters()
         before = self._store.incarnation
         info = {
             "pid": os.getpid(),
@@ -401,6 +453,47 @@ class Agent:
         except StoreError as error:
             raise ConfigurationError(f"{self._card.served_name} cannot be served here: {error}") from error
 
+    async def _put_adapters(self) -> None:
+        """Say which adapters this worker brings: those of its command line, later what it knew when Redis forgot it."""
+        for brought in self._adapters.brought:
+            await self._put_adapter(brought)
+
+    async def _put_adapter(self, brought: Brought) -> None:
+        """Somebody who serves other weights by this name may be one whose death nobody has noticed yet."""
+        limit = self._clock() + NUM_LEASES * self._settings.lease
+        while not self._is_draining:
+            try:
+                name, source, found = brought.name, brought.source, brought.found
+                await self._fleet.put_adapter(self._card.lane, name, source, worker_id=self.worker_id, found=found)
+                return
+            except Conflict as error:
+                if self._store.incarnation:
+                    logger.warning("%s", error)
+                    return
+                if self._clock() > limit:
+                    raise ConfigurationError(
+                        f"adapter {brought.name} has other weights on workers that serve it now: "
+                        "give this one another name, or stop them first"
+                    ) from error
+            except ValidationError as error:
+                raise ConfigurationError(error.message) from error
+            await asyncio.sleep(self._settings.lease / BEATS_PER_LEASE)
+
+    async def _settle_adapters(self) -> None:
+        """Say what was found of registered adapters; the first worker's word counts."""
+        for token, (entry, found) in list(self._adapters.unsaid.items()):
+            stands = await self._store.settle_adapter(entry.name, token, found)
+            self._adapters.unsaid.pop(token, None)
+            if stands is None:
+                continue
+            if found.error:
+                logger.warning("%s", found.error)
+            elif stands.found.digest == found.digest:
+                logger.info("adapter %s fits: rank %d, from %s", entry.name, found.rank, found.place)
+            else:
+                logger.warning("adapter %s is another one here than on the worker that was first", entry.name)
+        self._last_reconcile = -math.inf
+
     async def _adopt_all(self) -> None:
         for job in self._jobs.outbox.jobs:
             await self._adopt(job.job_id)
@@ -425,8 +518,11 @@ class Agent:
         reply = await self._store.step(jobs.outbox.next_call(self._stats if is_due else {}))
         self.metrics.call_seconds.observe(self._clock() - started)
         jobs.answered(reply)
-        if any(control.verb == "drain" for control in reply.controls) and not self._is_draining:
+        verbs = {control.verb for control in reply.controls}
+        if "drain" in verbs and not self._is_draining:
             self.drain()
+        if "adapters" in verbs:
+            self._last_reconcile = -math.inf
         self._room_changed.set()
 
     def _on_fenced(self) -> None:
@@ -438,6 +534,8 @@ class Agent:
         self._num_fenced += 1
         self._stats["fenced"] = self._num_fenced
         self._abort([job_id for job_id, _ in self._jobs.unended()])
+        # what was known of the lane's adapters is old
+        self._adapters.brought = []
         last_step = self._jobs.outbox.engine_step
         self._begin_incarnation()
         self._jobs.outbox.engine_step = last_step
@@ -462,7 +560,10 @@ class Agent:
         """Compare what we hold with what Redis thinks we hold."""
         store, jobs = self._store, self._jobs
         self._last_reconcile = self._clock()
+        adapters = await self._fleet.adapters(store.lane)
         owned = await store.mine()
+        # only now it is sure that Redis had not lost what was read before
+        self._adapters.follow(adapters)
         for row in owned:
             held = jobs.get(row.job_id)
             if held is not None and held.epoch == row.epoch:
@@ -592,7 +693,7 @@ class Agent:
         await self._is_serving.wait()
         while True:
             await asyncio.sleep(min(WATCH_S, self._settings.lease / BEATS_PER_LEASE))
-            if self._jobs.running:
+            if self._num_computing:
                 self._engine.check(self._jobs.outbox.engine_step)
             else:
                 self._engine.rest()

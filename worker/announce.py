@@ -5,14 +5,11 @@ Weights are not touched here; the engine reads them.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
 import shlex
-import threading
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,13 @@ from worker.hub import (
     WEIGHT_FILES,
     HubModel,
     ProgressFunction,
-    ProgressLines,
-    Stopped,
+    commit_of,
     fetch,
+    in_the_log,
     local_folder,
 )
-from worker.pipe import Progress, Ready
+from worker.pipe import Ready
 
-STOP_LIMIT_S = 2.0
 SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
 
 logger = logging.getLogger(__name__)
@@ -70,49 +66,6 @@ class ModelFiles:
         return () if token_id is None else (token_id,)
 
 
-class ModelSearch:
-    """`find_model` in a thread that nobody has to wait for: a download may hang in the network for minutes.
-
-    `progress` is how far it is.
-    """
-
-    def __init__(self, settings: WorkerSettings) -> None:
-        self._settings = settings
-        self._folder: Future[Path] = Future()
-        self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self.progress = Progress("starting", 0, 0)
-
-    async def folder(self) -> Path:
-        """Search; called once. Raises what `find_model` raises."""
-        # from here on a cancellation of whoever waits leaves the future to the thread
-        self._folder.set_running_or_notify_cancel()
-        self._thread.start()
-        return await asyncio.wrap_future(self._folder)
-
-    async def close(self) -> None:
-        """Have a download stop, and give it a moment to clear away what it holds of files that are not whole."""
-        self._is_stopped.set()
-        if self.is_running:
-            await asyncio.to_thread(self._thread.join, STOP_LIMIT_S)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether there is a thread still, which after `close` waits for the network."""
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self._folder.set_result(find_model(self._settings, self._note))
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the future meets it
-            self._folder.set_exception(error)
-
-    def _note(self, done: int, total: int) -> None:
-        if self._is_stopped.is_set():
-            raise Stopped
-        self.progress = Progress("download", done, total)
-
-
 def find_model(settings: WorkerSettings, on_progress: ProgressFunction = lambda done, total: None) -> Path:
     """The folder of the model: a local one, or one of the hub's cache, downloaded when it is not there yet.
 
@@ -123,13 +76,7 @@ def find_model(settings: WorkerSettings, on_progress: ProgressFunction = lambda 
     folder = local_folder(settings.model_id, "--model-id")
     if folder is None:
         model = HubModel(settings.model_id, settings.revision, settings.huggingface_hub_cache)
-        write = ProgressLines("downloading", logger.info)
-
-        def show(done: int, total: int) -> None:
-            on_progress(done, total)
-            write(done, total)
-
-        folder = fetch(model, SMALL_FILES if is_dummy else (*SMALL_FILES, *WEIGHT_FILES), show)
+        folder = fetch(model, SMALL_FILES if is_dummy else (*SMALL_FILES, *WEIGHT_FILES), in_the_log(on_progress))
     if not is_dummy and not any(folder.glob(WEIGHT_FILES[0])):
         raise ConfigurationError(
             f"{settings.model_id} has no .safetensors file, and pickled weights are never loaded because unpickling "
@@ -161,7 +108,7 @@ def read_model(folder: Path, settings: WorkerSettings) -> ModelFiles:
     return ModelFiles(
         folder=folder,
         model_id=settings.model_id,
-        revision=_commit_of(folder) or settings.revision or "",
+        revision=commit_of(folder) or settings.revision or "",
         config=_read_json(folder / "config.json", must_exist=True),
         generation_config=_read_json(folder / "generation_config.json"),
         tokenizer_json=tokenizer_json,
@@ -185,11 +132,6 @@ def _read_json(path: Path, *, must_exist: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object")
     return value
-
-
-def _commit_of(folder: Path) -> str:
-    """The hub keeps each commit in a folder named after it."""
-    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def _token_ids(tokenizer_json: bytes) -> tuple[dict[str, int], tuple[int, ...]]:

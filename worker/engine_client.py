@@ -14,7 +14,6 @@ from common import wire
 from common.errors import WireError
 from common.settings import WorkerSettings
 from worker.pipe import HEADER, Message, decode, encode
-from worker.process import die_with_parent
 
 REAL_ENGINE = (sys.executable, "-m", "worker.engine_process")
 STOP_LIMIT_S = 5.0
@@ -62,7 +61,11 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str], settings: str, environment: dict[str, str]) -> EngineProcess:
-        """Start `command --fd N --settings JSON` with one end of a socket pair."""
+        """Start `command --fd N --settings JSON` with one end of a socket pair.
+
+        Nothing of ours runs between fork and exec, where it could wait for ever for what threads of a download hold:
+        the engine itself sees to it that it does not outlive the agent.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -74,7 +77,6 @@ class EngineProcess:
                 pass_fds=[theirs.fileno()],
                 env=os.environ | environment,
                 stdin=asyncio.subprocess.DEVNULL,
-                preexec_fn=die_with_parent,
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(process, reader, writer)

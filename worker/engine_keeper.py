@@ -9,7 +9,7 @@ from typing import Protocol
 
 from common.errors import ConfigurationError, WireError
 from worker.engine_client import EngineProcess
-from worker.pipe import Commit, Failed, Message, Progress, Ready, Step, Stop
+from worker.pipe import AdapterChecked, Commit, Failed, Message, Progress, Ready, Step, Stop
 from worker.process import ending_of
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.2, 30.0
@@ -24,6 +24,8 @@ class Owner(Protocol):
     def on_ready(self, ready: Ready) -> None: ...
 
     def on_step(self, step: Step) -> None: ...
+
+    def on_adapter_checked(self, answer: AdapterChecked) -> None: ...
 
     def on_engine_lost(self) -> None: ...
 
@@ -91,6 +93,8 @@ class EngineKeeper:
         self._last_sign_of_life = self._clock()
         if isinstance(message, Step):
             self._owner.on_step(message)
+        elif isinstance(message, AdapterChecked):
+            self._owner.on_adapter_checked(message)
         elif isinstance(message, Progress):
             self._on_progress(message)
         elif isinstance(message, Ready):

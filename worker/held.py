@@ -123,6 +123,7 @@ class HeldJobs:
                 eos_token_ids=self._eos_token_ids,
                 cache_salt=job.cache_salt,
                 is_suspect=held.is_suspect,
+                adapter=job.adapter,
             )
         )
 
@@ -155,6 +156,12 @@ class HeldJobs:
             self._send(Abort([held.job.job_id]))
             message = f"{type(error).__name__}: {error}"
             self._end(held, JobEnd(state=JobState.FAILED, error_code="internal_error", error_message=message))
+
+    def fail(self, job_id: str, epoch: int, code: str, message: str) -> None:
+        """End a job that cannot run here, if it is still ours."""
+        held = self._held.get(job_id)
+        if held is not None and held.epoch == epoch and not held.is_ended:
+            self._end(held, JobEnd(state=JobState.FAILED, error_code=code, error_message=message))
 
     def _end(self, held: Held, end: JobEnd) -> None:
         held.end = end

@@ -21,6 +21,7 @@ SMALL_FILES = ("*.json", "*.jinja")
 TOKENIZER_FILES = ("*.model", "*.txt", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
 PICKLED_FILES = ("*.bin", "*.pt", "*.pth")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IGNORED_FILES = ("*/*", "consolidated*", "training_args*", "optimizer*", "scheduler*", "rng_state*")
 """Files in subfolders, weights once more in their maker's own layout, and what only training needs."""
 
@@ -60,6 +61,22 @@ class ProgressLines:
         self._last = now
         left_s = (now - self._began) * (total - done) / done
         self._write(f"{self._word}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, about {left_s:.0f} s left")
+
+
+def in_the_log(on_progress: ProgressFunction) -> ProgressFunction:
+    """As `on_progress`, and lines in the log besides."""
+    write = ProgressLines("downloading", logger.info)
+
+    def show(done: int, total: int) -> None:
+        on_progress(done, total)
+        write(done, total)
+
+    return show
+
+
+def commit_of(folder: Path) -> str:
+    """The hub keeps each commit in a folder named after it; "" for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def local_folder(name: str, option: str) -> Path | None:
@@ -181,7 +198,7 @@ def _problem(model: HubModel, error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name} and set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {model.revision!r}; check --revision"
+        return f"{name} has no revision {model.revision!r}; check its name"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the hub has no model {name}, or it is private: check the name, or set HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError):

@@ -12,10 +12,19 @@ from gateway.formats.chat import ChatRenderer, chat_body, parse_chat
 from gateway.formats.completion import CompletionRenderer, completion_body, parse_completion
 from gateway.formats.fields import unsupported
 from gateway.formats.openai import shown_pieces
-from gateway.formats.tgi import GenerateRenderer, generate_body, parse_generate
+from gateway.formats.tgi import GenerateRenderer, adapter_id_of, generate_body, parse_generate
 from gateway.models import ServedModel
 
-__all__ = ["answer_text", "body_of", "parse_chat", "parse_completion", "parse_generate", "parse_input", "renderer_for"]
+__all__ = [
+    "adapter_id_of",
+    "answer_text",
+    "body_of",
+    "parse_chat",
+    "parse_completion",
+    "parse_generate",
+    "parse_input",
+    "renderer_for",
+]
 
 
 def parse_input(body: dict[str, Any], served: ServedModel, limits: Limits) -> JobDraft:

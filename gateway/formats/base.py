@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import orjson
 
 from common.errors import Conflict, GenerationExpired, GenerationFailed, RequestError, ValidationError
-from common.job import Dialect, JobRecord, JobState, SamplingParams, TokenColumns
+from common.job import Adapter, Dialect, JobRecord, JobState, SamplingParams, TokenColumns
 from common.settings import GatewaySettings
 
 Door = Literal["generate", "generate_stream", "compat", "chat", "completions"]
@@ -65,6 +65,7 @@ class JobDraft:
     prompt_ids: list[int]
     params: SamplingParams
     view: dict[str, Any]
+    adapter: Adapter | None = None
 
     @property
     def cost(self) -> int:

@@ -180,7 +180,14 @@ def parse_chat(body: dict[str, Any], served: ServedModel, limits: Limits) -> Job
         "prompt_characters": len(text),
     }
     view |= common_view(params, served.card, fields, options, is_hiding)
-    return JobDraft(lane=served.card.lane, dialect=Dialect.CHAT, prompt_ids=prompt_ids, params=params, view=view)
+    return JobDraft(
+        lane=served.card.lane,
+        dialect=Dialect.CHAT,
+        prompt_ids=prompt_ids,
+        params=params,
+        view=view,
+        adapter=served.adapter,
+    )
 
 
 def _alternative(text: str, logprob: float) -> dict[str, Any]:

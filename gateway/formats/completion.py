@@ -133,7 +133,14 @@ def _draft(
         "prompt_characters": len(prompt) if isinstance(prompt, str) else 0,
     }
     view |= common_view(params, served.card, fields, options, is_hiding)
-    return JobDraft(lane=served.card.lane, dialect=Dialect.COMPLETION, prompt_ids=prompt_ids, params=params, view=view)
+    return JobDraft(
+        lane=served.card.lane,
+        dialect=Dialect.COMPLETION,
+        prompt_ids=prompt_ids,
+        params=params,
+        view=view,
+        adapter=served.adapter,
+    )
 
 
 def completion_id(job_id: str) -> str:

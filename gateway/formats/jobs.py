@@ -129,6 +129,7 @@ def job_object(
         "object": "job",
         "status": status_word(record.state, cancelling=record.cancelling),
         "model": record.view.get("model", ""),
+        "adapter": record.view.get("adapter"),
         "priority": record.priority.value,
         "created_at": record.created_ms // 1000,
         "started_at": _seconds_or_none(record.started_ms),

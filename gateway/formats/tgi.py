@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import NotFound, RequestError, ValidationError
-from common.job import Dialect, JobRecord, LogprobKind, PenaltyKind, SamplingParams, TokenColumns, TopToken
+from common.job import Adapter, Dialect, JobRecord, LogprobKind, PenaltyKind, SamplingParams, TokenColumns, TopToken
 from gateway.formats.base import (
     MAX_STOP_TOKEN_IDS,
     Door,
@@ -24,7 +24,7 @@ from gateway.formats.base import (
 )
 from gateway.formats.fields import Fields, unsupported
 from gateway.formats.prompts import COLDEST, check_stops, choose_seed, fit_context
-from gateway.models import ServedModel
+from gateway.models import ServedModel, listed
 
 IGNORED_AT_TOP = frozenset({"stream", "model", "options"})
 
@@ -168,17 +168,32 @@ def _not_a_share(value: float | None) -> bool:
     return value is not None and not 0.0 < value <= 1.0
 
 
-def _refuse_what_is_missing(wish: _Wish, served: ServedModel) -> None:
+def adapter_id_of(body: dict[str, Any]) -> str | None:
+    """The adapter that a body asks for, before anything of it is checked."""
+    parameters = body.get("parameters")
+    name = parameters.get("adapter_id") if isinstance(parameters, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _adapter(wish: _Wish, served: ServedModel) -> Adapter | None:
+    """What `adapter_id` names; without it what `model` does, which may be an adapter's name too."""
+    if not wish.adapter_id:
+        return served.adapter
+    if served.adapter is not None and served.adapter.name != wish.adapter_id:
+        raise ValidationError("`model` and `adapter_id` name different adapters", param="adapter_id")
+    if wish.adapter_id not in served.adapters:
+        message = f"unknown adapter {wish.adapter_id!r}; adapters here: {listed(served.adapters)}"
+        raise NotFound(message, code="adapter_not_found", param="adapter_id")
+    return served.adapters[wish.adapter_id].adapter
+
+
+def _refuse_what_is_missing(wish: _Wish) -> None:
     if wish.best_of > 1:
         raise unsupported("best_of", "several candidates per request are not available")
     if wish.watermark:
         raise unsupported("watermark", "watermarks are not available")
     if wish.grammar is not None:
         raise unsupported("grammar", "guided generation is not available")
-    if wish.adapter_id and wish.adapter_id not in served.card.adapters:
-        known = ", ".join(served.card.adapters) or "none"
-        message = f"unknown adapter {wish.adapter_id!r}; adapters here: {known}"
-        raise NotFound(message, code="adapter_not_found", param="adapter_id")
 
 
 def _check_streaming(wish: _Wish) -> None:
@@ -259,10 +274,16 @@ def parse_generate(
     inputs = read_inputs(body)
     prompt_ids = _encode(inputs, wish, served)
     max_new_tokens = fit_context(len(prompt_ids), wish.max_new_tokens, served.card, param="inputs")
-    _refuse_what_is_missing(wish, served)
+    _refuse_what_is_missing(wish)
     params = _params(wish, max_new_tokens)
-    view = _view(wish, params, served, inputs, door)
-    return JobDraft(lane=served.card.lane, dialect=Dialect.GENERATE, prompt_ids=prompt_ids, params=params, view=view)
+    return JobDraft(
+        lane=served.card.lane,
+        dialect=Dialect.GENERATE,
+        prompt_ids=prompt_ids,
+        params=params,
+        view=_view(wish, params, served, inputs, door),
+        adapter=_adapter(wish, served),
+    )
 
 
 def _view(wish: _Wish, params: SamplingParams, served: ServedModel, inputs: str, door: Door) -> dict[str, Any]:

@@ -54,23 +54,32 @@ def _timing_headers(call: Call, records: list[JobRecord]) -> dict[str, str]:
 
 
 def _model_object(served: ServedModel, name: str) -> dict[str, Any]:
-    """OpenAI's model object; `max_model_len` is vLLM's addition."""
-    return {
+    """OpenAI's model object; `max_model_len`, `root` and `parent` (of an adapter: its base) are vLLM's additions."""
+    found = {
         "id": name,
         "object": "model",
         "created": served.card.created,
         "owned_by": served.card.model_id,
         "max_model_len": served.card.max_total_tokens,
+        "root": served.card.model_id,
+        "parent": None,
     }
+    entry = served.adapters.get(name)
+    if entry is None or name in served.names:
+        return found
+    return found | {"created": entry.created_ms // 1000, "root": entry.source, "parent": served.card.served_name}
 
 
 @router.get("/v1/models")
 async def models(services: Annotated[Services, Depends(services)]) -> Response:
+    """Models first, adapters behind them; a name that stands for several things is listed as what it means."""
     served = sorted(services.registry.models.values(), key=lambda model: model.card.created, reverse=True)
     named = {name: model for model in reversed(served) for name in model.names}
-    return json_response({"object": "list", "data": [_model_object(model, name) for name, model in named.items()]})
+    adapted = {name: model for model in reversed(served) for name in model.adapters if name not in named}
+    rows = [_model_object(model, name) for name, model in (named | adapted).items()]
+    return json_response({"object": "list", "data": rows})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, services: Annotated[Services, Depends(services)]) -> Response:
-    return json_response(_model_object(services.registry.resolve(name), name))
+    return json_response(_model_object(await services.registry.find(name), name))

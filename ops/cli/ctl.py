@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from rich.console import Console
@@ -20,7 +21,11 @@ COLUMNS = {
     "jobs": ("id", "status", "worker", "num_tokens", "attempts"),
     "queue": ("model", "queued", "running", "queued_tokens", "workers", "dead_letters"),
     "keys": ("id", "tenant", "created_at"),
+    "adapters": ("name", "model", "state", "rank", "source", "digest"),
 }
+LISTS = {"key": "keys", "adapter": "adapters"}
+"""Commands whose answers are tables of another name."""
+LOAD_LIMIT_S = 90.0
 
 
 class Gateway:
@@ -69,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     add("redrive", "give dead letters another chance").add_argument("job_id", nargs="?", default="")
     add("queue", "what waits, per model")
     add("dead-letters", "jobs that killed their workers")
+    adapter = add("adapter", "LoRA adapters of a model")
+    adapter.add_argument("action", choices=["load", "unload", "list"])
+    adapter.add_argument("name", nargs="?", default="", help="what clients say")
+    adapter.add_argument(
+        "source", nargs="?", default="", help="load: a folder on the workers, or owner/name[@revision]"
+    )
+    adapter.add_argument("--model", default=None, help="a served name; none: the only one")
     key = add("key", "API keys of tenants")
     key.add_argument("action", choices=["create", "list", "revoke"])
     key.add_argument("name", nargs="?", default="", help="create: the tenant; revoke: the key's id")
@@ -85,6 +97,26 @@ def _key(gateway: Gateway, options: argparse.Namespace) -> Any:
     return gateway.call("DELETE", f"/keys/{options.name}")
 
 
+def _adapter(gateway: Gateway, options: argparse.Namespace) -> Any:
+    name, source = options.name, options.source
+    if options.action == "list":
+        return gateway.call("GET", "/adapters")
+    if not name or bool(source) != (options.action == "load"):
+        needs = "a name and a source" if options.action == "load" else "a name and nothing else"
+        raise ConfigurationError(f"adapter {options.action} needs {needs}")
+    model = {} if options.model is None else {"model": options.model}
+    if options.action == "unload":
+        return gateway.call("DELETE", f"/adapters/{quote(name)}", params=model)
+    body = {"name": name, "source": _absolute(source)} | model
+    return gateway.call("POST", "/adapters", json=body, timeout=LOAD_LIMIT_S)
+
+
+def _absolute(source: str) -> str:
+    """Workers do not know where we are."""
+    is_relative = source.startswith((".", "~"))
+    return os.path.abspath(os.path.expanduser(source)) if is_relative else source
+
+
 def _answer(gateway: Gateway, options: argparse.Namespace) -> Any:
     match options.command:
         case "job":
@@ -97,6 +129,8 @@ def _answer(gateway: Gateway, options: argparse.Namespace) -> Any:
             return gateway.call("POST", f"/workers/{options.worker_id}/drain")
         case "redrive":
             return gateway.call("POST", "/redrive", json={"job_id": options.job_id or None})
+        case "adapter":
+            return _adapter(gateway, options)
         case "key":
             return _key(gateway, options)
         case name:
@@ -135,5 +169,5 @@ def main(arguments: list[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps(answer, indent=2, ensure_ascii=False) + "\n")
     else:
-        _show("keys" if options.command == "key" else options.command, answer)
+        _show(LISTS.get(options.command, options.command), answer)
     return 0

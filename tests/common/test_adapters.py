@@ -18,14 +18,18 @@ def test_sources_are_read_as_tgi_reads_them() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["", "a b", "é", ".", "a/..", "a/../b", "/a", "a//b", "a/", "{a}", "x" * (MAX_NAME + 1)])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "é", ".", "a/..", "a/../b", "/a", "a//b", "a/", "{a}", "x" * (MAX_NAME + 1)]
+)
 def test_names_that_do_not_fit_into_a_path_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="an adapter's name is 1 to 96 of"):
         check_name(name)
     check_name("x" * MAX_NAME)
 
 
-@pytest.mark.parametrize("source", ["", "/a\0b", "a\nb", "\ud800", "x" * (MAX_SOURCE + 1), "https://hub/a", "file:///a"])
+@pytest.mark.parametrize(
+    "source", ["", "/a\0b", "a\nb", "\ud800", "x" * (MAX_SOURCE + 1), "https://hub/a", "file:///a"]
+)
 def test_sources_that_are_no_place_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match="an adapter's source is"):
         check_source(source)

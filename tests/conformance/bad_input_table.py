@@ -415,6 +415,46 @@ OPENAI = [
 ]
 
 
+ADAPTERS = {"path": "/v1/fleet/adapters"}
+NO_NAME = "an adapter's name is 1 to 96 of [A-Za-z0-9._-], in parts divided by /"
+
+OPENAI += [
+    openai("adapter without a name", {"source": "/adapters/fr"}, NO_NAME, "name", **ADAPTERS),
+    openai(
+        "adapter from a URL",
+        {"name": "fr", "source": "http://127.0.0.1/fr"},
+        "an adapter's source is no URL but a folder or owner/name[@revision] of a hub",
+        "source",
+        **ADAPTERS,
+    ),
+    openai(
+        "adapter called like the model",
+        {"name": "demo", "source": "/adapters/fr"},
+        "'demo' is the name of a model; give the adapter another one",
+        "name",
+        **ADAPTERS,
+    ),
+    openai(
+        "adapter that is not there",
+        {"name": "fr", "source": "/no/such/adapter"},
+        "adapter fr: there is no folder /no/such/adapter; check its source",
+        "source",
+        code="adapter_error",
+        **ADAPTERS,
+    ),
+    openai(
+        "unloading no adapter",
+        None,
+        "no adapter 'fr' of demo; adapters here: none",
+        "name",
+        path="/v1/fleet/adapters/fr",
+        method="DELETE",
+        status=404,
+        code="adapter_not_found",
+    ),
+]
+
+
 def jobs(name: str, body: Any, message: str, param: str | None, **fields: Any) -> BadRequest:
     """A row of the Jobs API; without more the 422 of a wrong field of POST /v1/jobs."""
     return openai(name, body, message, param, **{"path": "/v1/jobs"} | fields)

@@ -34,7 +34,9 @@ def test_ctl_workers_json(served: Served) -> None:
     assert Path(f"/proc/{workers[0]['pid']}").exists()
 
 
-@pytest.mark.parametrize("command", [["workers"], ["jobs"], ["queue"], ["dead-letters"], ["key", "list"]])
+@pytest.mark.parametrize(
+    "command", [["workers"], ["jobs"], ["queue"], ["dead-letters"], ["adapter", "list"], ["key", "list"]]
+)
 def test_ctl_prints_tables(served: Served, command: list[str]) -> None:
     done = inferfleet(served, "ctl", *command)
     assert (done.returncode, done.stderr) == (0, "")
@@ -84,6 +86,8 @@ BAD = [
     BadCommand(["chat", "--url", "http://127.0.0.1:9", "hi"], "inferfleet chat: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
     BadCommand(["ctl", "workers", "--url", "http://127.0.0.1:9"], "inferfleet ctl: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
     BadCommand(["ctl", "key", "create"], "inferfleet ctl: key create needs a tenant"),
+    BadCommand(["ctl", "adapter", "load", "fr"], "inferfleet ctl: adapter load needs a name and a source"),
+    BadCommand(["up", "--lora-adapters", "/x"], "inferfleet up: --lora-adapters: '/x' is neither name=folder nor owner/name[@revision] of a hub"),
 ]  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from common.job import JobState
+from common.job import Adapter, JobState
 from common.store.connection import Connection
-from tests.support.fake_engine import oracle
+from tests.support.fake_engine import adapted, oracle, write_adapter
 from tests.support.fake_fleet import (
     LEASE_S,
     VOCABULARY,
@@ -78,6 +78,23 @@ async def test_killed_worker_hands_over_at_the_very_next_token(fleet: WorkerFlee
     assert first.worker != worker.name or first.epoch > 1
     assert first.attempts == 2, "it ran on two workers"
     assert record.state is JobState.COMPLETED
+
+
+async def test_a_killed_workers_job_goes_on_with_its_adapter(
+    fleet: WorkerFleet, follower: Follower, tmp_path: Path
+) -> None:
+    """The other worker never heard of it: the adapter was unloaded before its job got there."""
+    adapter = Adapter("fr", str(tmp_path / "fr"), write_adapter(tmp_path / "fr"))
+    job = await follower.submit(6, NUM_TOKENS, adapter=adapter)
+    position = await follower.reach(job, 40)
+    worker = await serving(fleet, follower, job)
+    worker.kill()
+    assert between(position)
+    assert await follower.fleet.adapters(follower.lane) == []
+    expected = oracle(VOCABULARY, adapted(6, adapter.digest), NUM_TOKENS)
+    assert expected.ids[position:] != oracle(VOCABULARY, 6, NUM_TOKENS).ids[position:], "the base goes on differently"
+    record = await follower.assert_exact(job, expected)
+    assert record.attempts == 2, "it ran on two workers"
 
 
 def test_the_comparison_finds_a_repeated_and_a_missing_token() -> None:

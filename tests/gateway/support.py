@@ -7,6 +7,7 @@ from typing import Any
 
 from common.card import ModelCard
 from common.job import FinishReason, JobRecord, JobState, Priority, TokenColumns, TopToken
+from common.store.replies import AdapterEntry, AdapterFinding
 from common.text.template import ChatTemplate
 from common.text.tokenizer import TextTokenizer
 from gateway.formats.base import JobDraft
@@ -49,6 +50,15 @@ def served(**changes: Any) -> ServedModel:
     values = card(**changes)
     template = ChatTemplate(values.chat_template, values.bos_token, values.eos_token) if values.chat_template else None
     return ServedModel(values, TOKENIZER, template)
+
+
+def adapter(name: str = "fr", **changes: Any) -> AdapterEntry:
+    """An adapter that is ready."""
+    found = AdapterFinding(digest="0f" * 16, rank=8, place=f"/real/{name}")
+    values = AdapterEntry(
+        name=name, source=f"/adapters/{name}", token="aa", state="ready", found=found, created_ms=1_700_000_000_500
+    )
+    return replace(values, **changes)
 
 
 def record_of(draft: JobDraft, **changes: Any) -> JobRecord:

@@ -9,13 +9,13 @@ import pytest
 
 from common.card import ModelCard
 from common.errors import NotFound, Overloaded, StoreUnavailable, Unavailable
-from common.job import Job, JobState, Priority
+from common.job import Adapter, Job, JobState, Priority
 from common.settings import GatewaySettings
-from common.store.replies import Submission
+from common.store.replies import AdapterEntry, Submission
 from gateway.admission import LONG_BODY, Admission, hash_of
 from gateway.formats import parse_chat, parse_generate
 from gateway.models import ModelRegistry
-from tests.gateway.support import card
+from tests.gateway.support import adapter, card
 from tests.support.tiny_model import byte_tokenizer_json
 
 
@@ -24,6 +24,7 @@ class Cards:
 
     def __init__(self, *cards: ModelCard) -> None:
         self.now = list(cards)
+        self.adapted: dict[str, list[AdapterEntry]] = {}
         self.is_away = False
         self.num_tokenizers_read = 0
         self.tokenizers: dict[str, bytes] = {"digest": byte_tokenizer_json()}
@@ -32,6 +33,9 @@ class Cards:
         if self.is_away:
             raise StoreUnavailable("away")
         return self.now
+
+    async def adapters(self, lane: str) -> list[AdapterEntry]:
+        return self.adapted.get(lane, [])
 
     async def tokenizer(self, digest: str) -> bytes | None:
         self.num_tokenizers_read += 1
@@ -181,6 +185,73 @@ async def test_a_name_that_is_not_known_is_looked_for_once_more_but_not_for_ever
         await found.find("third")
     now[0] += 0.2
     assert (await found.find("third")).card.lane == "cdefgh"
+
+
+async def adapted(**lanes: list[AdapterEntry]) -> tuple[ModelRegistry, Cards]:
+    """Two lanes of one name, the second one newer, and a lane of another model."""
+    cards = Cards(
+        card(),
+        card(lane="bcdefg", created=card().created + 1),
+        card(lane="cdefgh", served_name="other", aliases=()),
+    )
+    cards.adapted = lanes
+    found = ModelRegistry(cards)
+    await found.refresh()
+    return found, cards
+
+
+async def test_an_adapter_is_found_by_its_name_where_it_is_ready() -> None:
+    ready, loading = adapter("fr"), adapter("sql", state="loading")
+    found, _ = await adapted(abcdef=[ready, loading], cdefgh=[adapter("demo"), adapter("sql")])
+    served = found.resolve("fr")
+    assert (served.card.lane, served.adapter) == ("abcdef", ready.adapter)
+    assert served.adapter == Adapter("fr", "/real/fr", ready.found.digest)
+    assert found.resolve("sql").card.lane == "cdefgh"
+    assert found.resolve("demo").adapter is None, "a model's own name wins"
+    with pytest.raises(NotFound) as caught:
+        found.resolve("de")
+    assert caught.value.message == "unknown model 'de'; served here: demo, alias/of-demo, other, fr, sql"
+
+
+async def test_of_two_lanes_with_one_name_that_counts_which_has_the_adapter() -> None:
+    found, cards = await adapted(abcdef=[adapter("fr")])
+    assert found.resolve("demo").card.lane == "bcdefg"
+    served = found.resolve("demo", "fr")
+    assert (served.card.lane, served.adapter) == ("abcdef", None)
+    cards.adapted = {"abcdef": [adapter("fr")], "bcdefg": [adapter("fr")]}
+    await found.refresh()
+    assert found.resolve("demo", "fr").card.lane == found.resolve("fr").card.lane == "bcdefg"
+    cards.adapted = {}
+    await found.refresh()
+    with pytest.raises(NotFound):
+        found.resolve("fr")
+
+
+async def test_an_adapter_that_was_loaded_a_moment_ago_is_found_before_the_next_refresh() -> None:
+    now = [100.0]
+    cards = Cards(card())
+    found = ModelRegistry(cards, refresh_s=1.0, clock=lambda: now[0])
+    await found.refresh()
+    cards.adapted = {"abcdef": [adapter("fr")]}
+    assert "fr" in (await found.find(None, "fr")).adapters
+    cards.adapted["abcdef"].append(adapter("sql"))
+    assert "sql" not in (await found.find(None, "sql")).adapters, "who asks for nothing does not ask Redis each time"
+    now[0] += 0.2
+    assert (await found.find("sql")).adapter == adapter("sql").adapter
+
+
+async def test_a_draft_with_an_adapter_becomes_a_job_that_brings_it() -> None:
+    cards, jobs = Cards(card()), Jobs()
+    cards.adapted = {"abcdef": [adapter("fr")]}
+    found = ModelRegistry(cards)
+    await found.refresh()
+    gate = Admission(GatewaySettings(), jobs, found)  # type: ignore[arg-type]
+    for body in ({"inputs": "x", "parameters": {"adapter_id": "fr"}}, {"inputs": "x", "model": "fr"}, {"inputs": "x"}):
+        await gate.admit(await gate.parse(parse_generate, body, 10, body.get("model")), tenant="t")
+    by_id, by_model, without = [job for job, _ in jobs.submitted]
+    assert by_id.adapter == by_model.adapter == adapter("fr").adapter
+    assert by_id.view["adapter"] == by_model.view["adapter"] == "fr"
+    assert without.adapter is None and "adapter" not in without.view
 
 
 async def test_a_model_waits_for_its_tokenizer() -> None:

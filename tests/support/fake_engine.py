@@ -3,6 +3,10 @@
 Run as `python -m tests.support.fake_engine --fd N --settings JSON [--step-ms 5] ...`. A prompt may carry orders:
 `!exit@5` kills the process when it should give token 5, `!hang@5` stops it there for ever, `!eos@5` ends with EOS as
 token 5, `!slow@20` makes each step last 20 ms while the request runs. `oracle` tells what a job must give.
+
+An adapter is a folder with an `adapter_config.json`, whose bytes are its digest. It may order what happens when it is
+looked at: `misfit` is the sentence why it does not fit, `exits` how many processes it kills. `adapted` tells what seed
+its jobs get.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from tests.support.tiny_model import byte_characters
 from worker.pipe import (
     HEADER,
     Abort,
+    AdapterChecked,
+    CheckAdapter,
     Commit,
     Failed,
     Message,
@@ -38,6 +44,7 @@ from worker.pipe import (
     decode,
     encode,
 )
+from worker.process import die_with_parent
 
 SENTENCES = (
     "A step at a time. Seven is a prime. ",
@@ -50,6 +57,7 @@ SENTENCES = (
     "東京は晴れです。",
 )
 SLOT = 24
+CONFIG = "adapter_config.json"
 EXIT_STATUS = 70
 ORDER = re.compile(r"!(exit|hang|eos|slow)@(\d+)")
 MAX_UNCOMMITTED_STEPS = 64
@@ -118,6 +126,22 @@ def logprob_of(seed: int, position: int) -> float:
     return -(1 + _mix(seed, position) % 1024 / 1024)
 
 
+def write_adapter(folder: Path, rank: int = 8, **orders: object) -> str:
+    """An adapter of this engine; its digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"r": rank} | orders))
+    return digest_of(folder)
+
+
+def digest_of(folder: Path) -> str:
+    return hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16).hexdigest()
+
+
+def adapted(seed: int, digest: str) -> int:
+    """The seed whose tokens a job with this adapter gets."""
+    return _mix(seed, int(digest[:8], 16)) % 2**32
+
+
 @dataclass
 class Running:
     submit: Submit
@@ -127,6 +151,11 @@ class Running:
     def __post_init__(self) -> None:
         self.num_output = len(self.submit.output_ids)
 
+    @property
+    def seed(self) -> int:
+        adapter, seed = self.submit.adapter, self.submit.params.seed
+        return seed if adapter is None else adapted(seed, adapter.digest)
+
 
 class FakeEngine:
     """The state machine, without sockets: messages in, steps out."""
@@ -135,6 +164,8 @@ class FakeEngine:
         self._vocabulary, self._max_num_seqs, self._clock = vocabulary, max_num_seqs, clock
         self._requests: dict[str, Running] = {}
         self._uncommitted: dict[int, float] = {}
+        self._loaded: set[str] = set()
+        self.answers: list[AdapterChecked] = []
         self.num_steps = self.num_tokens = self.batch_max = 0
         self._last_step = clock()
 
@@ -146,9 +177,36 @@ class FakeEngine:
         elif isinstance(message, Abort):
             for request_id in message.request_ids:
                 self._requests.pop(request_id, None)
+        elif isinstance(message, CheckAdapter):
+            self.answers.append(self._check(message))
         elif isinstance(message, Commit):
             self._uncommitted = {step: at for step, at in self._uncommitted.items() if step > message.step}
         return not isinstance(message, Stop)
+
+    @staticmethod
+    def _check(message: CheckAdapter) -> AdapterChecked:
+        folder = Path(message.source)
+        try:
+            config, digest = json.loads((folder / CONFIG).read_bytes()), digest_of(folder)
+        except FileNotFoundError:
+            error = f"adapter {message.name}: there is no {CONFIG} in {folder}"
+            return AdapterChecked(message.name, message.source, "", 0, error)
+        marks = folder / "exits"
+        if len(done := marks.read_text() if marks.exists() else "") < config.get("exits", 0):
+            marks.write_text(done + "x")
+            os._exit(EXIT_STATUS)
+        return AdapterChecked(message.name, message.source, digest, config["r"], config.get("misfit", ""))
+
+    def _problem(self, submit: Submit) -> str:
+        """Why the request's adapter is not what it was when it was looked at, "" when it is."""
+        adapter = submit.adapter
+        if adapter is None or adapter.digest in self._loaded:
+            return ""
+        found = self._check(CheckAdapter(adapter.name, adapter.source))
+        if found.error or found.digest != adapter.digest:
+            return found.error or f"adapter {adapter.name}: {adapter.source} holds other weights now"
+        self._loaded.add(adapter.digest)
+        return ""
 
     @property
     def is_paused(self) -> bool:
@@ -181,11 +239,16 @@ class FakeEngine:
 
     def _advance(self, running: Running) -> TokenRun:
         submit, position = running.submit, running.num_output
+        if problem := self._problem(submit):
+            del self._requests[submit.request_id]
+            ended = TokenRun(request_id=submit.request_id, epoch=submit.epoch, ids=[], logprobs=[], finish="error")
+            ended.error = problem
+            return ended
         self._obey(running.orders, position)
         is_eos = running.orders.get("eos") == position and not submit.params.ignore_eos
         is_eos = is_eos and position >= submit.params.min_tokens
-        token_id = submit.eos_token_ids[0] if is_eos else self._vocabulary.token(submit.params.seed, position)
-        logprob = logprob_of(submit.params.seed, position)
+        token_id = submit.eos_token_ids[0] if is_eos else self._vocabulary.token(running.seed, position)
+        logprob = logprob_of(running.seed, position)
         running.num_output += 1
         tops = [(token_id + index, logprob - index) for index in range(submit.params.num_top_logprobs)]
         finish = "length" if running.num_output >= submit.params.max_new_tokens else "eos_token" if is_eos else ""
@@ -259,6 +322,8 @@ class Pipe:
 def serve(pipe: Pipe, engine: FakeEngine, step_s: float) -> None:
     """Step while there is work and enough of it is committed; take messages in between."""
     while True:
+        while engine.answers:
+            pipe.send(engine.answers.pop(0))
         if not engine.has_work or engine.is_paused:
             message = pipe.receive(0.05 if engine.has_work else None)
         else:
@@ -302,6 +367,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--decoder-start-id", type=int, help="be an encoder-decoder model")
     options = parser.parse_args(arguments)
     settings = json.loads(options.settings)
+    die_with_parent()
     pipe = Pipe(options.fd)
     pipe.send(Progress("weights", 1, 2))
     time.sleep(options.load_s)

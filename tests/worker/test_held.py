@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.job import JobState, SamplingParams, TokenColumns
+from common.job import Adapter, JobState, SamplingParams, TokenColumns
 from common.store.replies import Control, StepReply, Taken
 from common.text.tokenizer import TextTokenizer
 from tests.support.metaspace import EXTRA, metaspace_tokenizer_json, word_id
@@ -68,6 +68,24 @@ def taken(epoch: int = 1, cancel_reason: str = "", attempts: int = 0, **changes:
 
 def run(job_id: str, ids: list[int], finish: str = "", epoch: int = 1, error: str = "") -> TokenRun:
     return TokenRun(request_id=job_id, epoch=epoch, ids=ids, logprobs=[-1.0] * len(ids), finish=finish, error=error)
+
+
+def test_a_job_brings_its_adapter_and_fails_alone_without_it() -> None:
+    bench, adapter = Bench(), Adapter("fr", "/adapters/fr", "0f")
+    job_id, other = bench.begin(taken(adapter=adapter)), bench.begin(taken())
+    assert [submit.adapter for submit in bench.sent if isinstance(submit, Submit)] == [adapter, None]
+    bench.jobs.fail(job_id, 9, "adapter_error", "of an earlier run")
+    assert bench.jobs.unended() == [(job_id, 1), (other, 1)]
+    for _ in range(2):
+        bench.jobs.fail(job_id, 1, "adapter_error", "there is no folder")
+    assert bench.jobs.unended() == [(other, 1)]
+    (finish,) = bench.jobs.outbox.next_call({}).finishes
+    assert (finish.state, finish.error_code, finish.error_message) == (
+        JobState.FAILED,
+        "adapter_error",
+        "there is no folder",
+    )
+    assert len(bench.ended) == 1
 
 
 def test_a_job_goes_to_the_engine_with_the_tokens_of_its_log() -> None:

@@ -1,4 +1,4 @@
-"""Adapters of a lane: registered once, settled by the first word of a worker, dropped; whoever races, all see one thing."""
+"""Adapters of a lane: registered once, settled by a worker's first word, dropped; whoever races, all see one thing."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from common.job import FinishReason, JobState, LogprobKind, PenaltyKind, Samplin
 from gateway.formats import body_of, parse_chat, parse_completion, parse_input, renderer_for
 from gateway.formats.base import JobDraft, Limits, openai_error
 from gateway.formats.completion import completion_body
-from tests.gateway.support import BOS, END, EOS, JOB_ID, card, columns_of, record_of, served, until
+from tests.gateway.support import BOS, END, EOS, JOB_ID, adapter, card, columns_of, record_of, served, until
 
 SPECIAL = frozenset(card().special_ids)
 LIMITS = Limits()
@@ -40,6 +41,15 @@ def unsupported(param: str, reason: str) -> dict[str, Any]:
 
 def invalid(param: str, message: str, code: str = "validation") -> dict[str, Any]:
     return {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+
+
+def test_a_model_that_is_an_adapter_is_answered_as_such() -> None:
+    adapted = replace(served(), adapters={"fr": adapter("fr")}).with_adapter("fr")
+    one = chat(adapted, model="fr")
+    assert (one.adapter, one.view["model"]) == (adapter("fr").adapter, "fr")
+    several = parse_completion({"prompt": ["a", "b"], "model": "fr"}, adapted, LIMITS)
+    assert [(draft.adapter, draft.view["model"]) for draft in several] == [(adapter("fr").adapter, "fr")] * 2
+    assert chat().adapter is completion()[0].adapter is None
 
 
 TOOLS = "tool calls are not available"

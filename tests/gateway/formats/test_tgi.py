@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from common.errors import NotFound, ValidationError
 from common.job import FinishReason, JobState, LogprobKind, PenaltyKind, SamplingParams
 from gateway.formats.base import Limits, native_error
 from gateway.formats.tgi import GenerateRenderer, generate_body, parse_generate, read_inputs, tokenize_body
-from tests.gateway.support import BOS, EOS, card, columns_of, record_of, served
+from tests.gateway.support import BOS, EOS, adapter, card, columns_of, record_of, served
 
 SPECIAL = frozenset(card().special_ids)
 LIMITS = Limits()
@@ -137,6 +138,22 @@ def test_a_field_beside_parameters_is_not_ignored() -> None:
 def test_an_unknown_adapter_is_not_the_base_model() -> None:
     with pytest.raises(NotFound, match="unknown adapter 'x'; adapters here: none"):
         parse({"adapter_id": "x"})
+    with pytest.raises(NotFound, match="unknown adapter 'x'; adapters here: n0, n1, .*, n49 and 3 more$"):
+        adapted({"adapter_id": "x"}, adapters={f"n{i}": adapter(f"n{i}") for i in range(53)})
+
+
+def adapted(parameters: Any, **changes: Any) -> Any:
+    known = {"adapters": {"fr": adapter("fr"), "sql": adapter("sql")}} | changes
+    return parse_generate({"inputs": "x", "parameters": parameters}, replace(served(), **known), LIMITS).adapter
+
+
+def test_an_adapter_is_chosen_by_its_id_or_by_the_model() -> None:
+    assert adapted({"adapter_id": "fr"}) == adapter("fr").adapter
+    assert adapted({"adapter_id": ""}) is None
+    by_model = {"adapter": adapter("fr").adapter}
+    assert adapted({}, **by_model) == adapted({"adapter_id": "fr"}, **by_model) == adapter("fr").adapter
+    with pytest.raises(ValidationError, match="`model` and `adapter_id` name different adapters"):
+        adapted({"adapter_id": "sql"}, **by_model)
 
 
 def test_absent_parameters_mean_sampling_and_empty_ones_greedy() -> None:

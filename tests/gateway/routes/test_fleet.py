@@ -79,7 +79,8 @@ async def test_keys_and_who_may_administer(start_gateway: StartGateway, worker: 
     assert key["key"] not in listed.text
     theirs = {"authorization": f"Bearer {key['key']}"}
     assert (await gateway.client.get("/v1/jobs", headers=theirs)).status_code == 200
-    for method, path in (("GET", "workers"), ("GET", "jobs"), ("GET", "keys"), ("POST", "workers/w1/drain")):
+    adapters = (("GET", "adapters"), ("POST", "adapters"), ("DELETE", "adapters/fr"))
+    for method, path in (("GET", "workers"), ("GET", "jobs"), ("GET", "keys"), ("POST", "workers/w1/drain"), *adapters):
         response = await gateway.client.request(method, f"/v1/fleet/{path}", headers=theirs)
         assert (response.status_code, response.json()["error"]["code"]) == (403, "admin_only"), path
     assert (await gateway.client.delete(f"/v1/fleet/keys/{key['id']}", headers=root)).status_code == 204

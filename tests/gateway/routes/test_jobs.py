@@ -20,6 +20,7 @@ FIELDS = [
     "object",
     "status",
     "model",
+    "adapter",
     "priority",
     "created_at",
     "started_at",
@@ -70,7 +71,7 @@ async def test_a_new_job_is_202_with_all_fields(gateway: LiveGateway, worker: Sc
     assert job["status"] == "queued" and job["object"] == "job" and job["priority"] == "batch"
     assert job["model"] == "demo" and job["metadata"] == {"a": "b"} and job["num_tokens"] == 0
     assert job["expires_at"] == pytest.approx(job["created_at"] + 60, abs=1)
-    for name in ("started_at", "finished_at", "output", "finish_reason", "error", "usage"):
+    for name in ("adapter", "started_at", "finished_at", "output", "finish_reason", "error", "usage"):
         assert job[name] is None, name
     assert job["urls"]["stream"] == f"/v1/jobs/{job['id']}/stream"
     assert job["urls"]["websocket"] == f"/v1/jobs/{job['id']}/ws"

@@ -196,8 +196,10 @@ async def test_models_lists_names_and_aliases(house: House) -> None:
     found = (await house.client.get("/v1/models")).json()
     assert found["object"] == "list" and [model["id"] for model in found["data"]] == ["demo", "alias/of-demo"]
     model = {"object": "model", "created": 1_700_000_000, "owned_by": "inferfleet/demo", "max_model_len": 100}
+    model |= {"root": "inferfleet/demo", "parent": None}
     assert found["data"][0] == {"id": "demo"} | model
     assert (await house.client.get("/v1/models/alias/of-demo")).json() == {"id": "alias/of-demo"} | model
+    assert (await house.client.get("/v1/models/tgi")).json() == {"id": "tgi"} | model
     assert (await house.client.get("/v1/models/gpt")).status_code == 404
 
 
