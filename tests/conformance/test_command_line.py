@@ -139,7 +139,10 @@ def ask_for_too_much(folder: Path) -> None:
 HOPELESS: list[tuple[Callable[[Path], None], str]] = [
     (only_pickles, "`inferfleet prepare {}` converts them"),
     (damage, "{}/model.safetensors is shorter than its header says; download it again"),
-    (ask_for_too_much, "of memory is free; choose a smaller model, --quantize int8 or int4, or --dtype bfloat16, or free memory"),
+    (
+        ask_for_too_much,
+        "of memory is free; choose a smaller model, --quantize int8 or int4, or --dtype bfloat16, or free memory",
+    ),
 ]
 
 
