@@ -4,8 +4,9 @@ A block is in use (reference count above zero) or free. A free block may still b
 holds: the freed blocks are the cache, there is no other. Block 0 is the null block and never handed out.
 
 Digests are chained, so that one digest stands for a whole prefix (as in nano-vllm and vLLM): 128 bits of blake2b
-over the digest of the block before and the token ids. The chain starts from a secret of this process and the
-tenant's salt: prefixes of one tenant are neither shared with another one nor to be guessed by timing.
+over the digest of the block before and the token ids. The chain starts from a secret of this process, the tenant's
+salt and the adapter: prefixes of one tenant are neither shared with another one nor to be guessed by timing, and keys
+and values that one adapter made are found by no other.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ class BlockDigests:
         self.block_size = block_size
         self._secret = os.urandom(DIGEST_BYTES)
 
-    def extend(self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int) -> None:
+    def extend(
+        self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int, adapter_digest: str = ""
+    ) -> None:
         """Append to `digests` until it has the first `num_blocks` full blocks of `tokens`."""
         size = self.block_size
         for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else self._root(salt)
+            parent = digests[-1] if digests else self._root(salt, adapter_digest)
             content = tokens[index * size : (index + 1) * size].tobytes()
             digests.append(hashlib.blake2b(parent + content, digest_size=DIGEST_BYTES).digest())
 
-    def _root(self, salt: str) -> bytes:
-        return hashlib.blake2b(salt.encode(), key=self._secret, digest_size=DIGEST_BYTES).digest()
+    def _root(self, salt: str, adapter_digest: str) -> bytes:
+        # with its length before it, no digest and salt together look like another pair
+        content = f"{len(adapter_digest)}:{adapter_digest}{salt}".encode()
+        return hashlib.blake2b(content, key=self._secret, digest_size=DIGEST_BYTES).digest()
 
 
 class BlockPool:

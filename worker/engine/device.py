@@ -4,6 +4,7 @@ Memory of a device, as the engine core addresses it:
 
 - KV pages 0 .. num_blocks, `block_size` tokens each. Page 0 is the null block: never allocated, legal to read and
   write for padding. `num_blocks = kv_tokens // block_size` real ones follow.
+- adapter slots 0 .. max_loras - 1, each of which holds one LoRA adapter or none.
 - rows 0 .. max_num_seqs - 1, one per resident request: sampling parameters, token counts for penalties, the last
   sampled id, and a block table of at least ceil(max_total_tokens / block_size) entries. A device may add rows of
   its own for padding.
@@ -21,7 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
+from worker.engine.adapters import NO_SLOT
+from worker.pipe import AdapterChecked
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -45,6 +48,10 @@ class RowInit:
     keys and values they leave for the decoder go to the pages `cross_blocks` int32 [ceil(e / block size)], which stay
     as they are until the row is freed. Prompt and output are the decoder's then: the prompt is its start token. At
     most one row of a plan brings encoder ids.
+
+    With an `adapter` the row's tokens go through what lies in `adapter_slot`. The device loads it there, unless an
+    adapter of that digest is there already; no row that the device still runs uses the slot with another one. One that
+    cannot be loaded is an error of this row.
     """
 
     row: int
@@ -55,6 +62,8 @@ class RowInit:
     stop_ids: Ints
     encoder_ids: Ints = field(default_factory=lambda: NO_IDS)
     cross_blocks: Ints = field(default_factory=lambda: NO_IDS)
+    adapter: Adapter | None = None
+    adapter_slot: int = NO_SLOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +106,8 @@ class StepResult:
     """What the k sampling rows of a plan picked, in the order of the plan's rows.
 
     `ids` int32 [k]; `logprobs` float32 [k]; `top_tokens` has for each of the k rows a list of (id, logprob), best
-    first, empty when the row did not ask (an empty outer list says that nobody asked). `errors` maps an index below
-    k to one sentence: the logits of that row were unusable, its request ends, the others go on.
+    first, empty when the row did not ask (an empty outer list says that nobody asked). `errors` maps the place of a row
+    among all rows of the plan to one sentence: what the row computed is unusable, its request ends, the others go on.
     """
 
     ids: Ints
@@ -128,6 +137,9 @@ class Device(Protocol):
 
     def collect(self, handle: Any) -> StepResult:
         """Wait for the step of `handle`. Called once per handle, in order of launch."""
+
+    def check_adapter(self, name: str, source: str) -> AdapterChecked:
+        """Whether the adapter in the folder `source` fits the model; called between steps, loads nothing."""
 
 
 def fitting_total_tokens(max_total_tokens: int, kv_tokens: int, block_size: int, *, has_encoder: bool = False) -> int:

@@ -30,7 +30,7 @@ from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Launch
 from worker.engine.request import end_without_token, request_of
 from worker.engine.scheduler import Scheduler
-from worker.pipe import Abort, Commit, Message, Step, Stop, Submit, TokenRun
+from worker.pipe import Abort, AdapterChecked, CheckAdapter, Commit, Message, Step, Stop, Submit, TokenRun
 
 MAX_UNCOMMITTED_STEPS = 64
 MAX_UNCOMMITTED_S = 2.0
@@ -81,7 +81,7 @@ class EngineLoop:
         scheduler: Scheduler,
         pacer: PrefillPacer,
         inbox: Inbox,
-        send: Callable[[Step], None],
+        send: Callable[[Step | AdapterChecked], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device, self.scheduler, self.pacer = device, scheduler, pacer
@@ -144,6 +144,8 @@ class EngineLoop:
                     self.scheduler.abort(request_id)
             case Commit(step):
                 self._uncommitted.commit(step)
+            case CheckAdapter(name, source):
+                self.send(self.device.check_adapter(name, source))
             case _:
                 raise InferfleetError(f"the agent sent a message of the engine: {type(message).__name__}")
 

@@ -139,4 +139,6 @@ def _row_init(request: Request, residency: Residency) -> RowInit:
         stop_ids=np.array(request.stop_ids, np.int32),
         encoder_ids=np.array(request.encoder_ids, np.int32),
         cross_blocks=np.array(residency.cross_blocks, np.int32),
+        adapter=request.adapter,
+        adapter_slot=residency.adapter_slot,
     )

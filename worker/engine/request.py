@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
+from worker.engine.adapters import NO_SLOT
 from worker.pipe import Submit, TokenRun
 
 
@@ -25,7 +26,8 @@ class Residency:
     `num_computed` counts tokens of launched steps, `num_written` those of applied steps. `last_step` is the last
     launched step that names this stay: row and blocks go back when that step was applied. `num_registered` blocks
     are in the prefix cache; `num_borrowed` tokens lie in blocks that others held already at admission.
-    `cross_blocks` hold what the encoder made of its input, from the first step of the stay to its end.
+    `cross_blocks` hold what the encoder made of its input, from the first step of the stay to its end; in
+    `adapter_slot` lies its adapter, if it has one, until row and blocks go back.
     """
 
     row: int
@@ -35,6 +37,7 @@ class Residency:
     num_written: int
     num_registered: int
     num_borrowed: int
+    adapter_slot: int = NO_SLOT
     last_step: int = 0
     is_closed: bool = False
 
@@ -67,6 +70,7 @@ class Request:
     stop_token_ids: frozenset[int]
     cache_salt: str
     is_suspect: bool
+    adapter: Adapter | None = None
     num_in_flight: int = 0
     state: RequestState = RequestState.WAITING
     residency: Residency | None = None
@@ -81,6 +85,11 @@ class Request:
     def num_total(self) -> int:
         """Tokens the request has or will have once the launched steps are applied."""
         return len(self.tokens) + self.num_in_flight
+
+    @property
+    def adapter_digest(self) -> str:
+        """That of no adapter is empty."""
+        return self.adapter.digest if self.adapter else ""
 
     @property
     def stop_ids(self) -> list[int]:
@@ -137,6 +146,7 @@ def request_of(submit: Submit, arrival: int, decoder_start_id: int | None = None
         stop_token_ids=frozenset(params.stop_token_ids),
         cache_salt=submit.cache_salt,
         is_suspect=submit.is_suspect,
+        adapter=submit.adapter,
     )
 
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 
+from worker.engine.adapters import NO_SLOT, AdapterSlots, Entrance
 from worker.engine.admission import OutputForecast, peak_blocks
 from worker.engine.blocks import BlockDigests, BlockPool
 from worker.engine.device import StepResult, fitting_total_tokens
@@ -38,7 +40,7 @@ class EngineLimits:
     """Sizes the scheduler lives in; tokens unless the name says otherwise.
 
     `decoder_start_id` as in `Ready`: None for all but encoder-decoder models. Keys and values of those depend on what
-    their encoder read, so equal beginnings of outputs are not shared.
+    their encoder read, so equal beginnings of outputs are not shared. `max_loras` counts the slots for adapters.
     """
 
     vocab_size: int
@@ -49,6 +51,7 @@ class EngineLimits:
     max_batch_prefill_tokens: int
     prefix_caching: bool = True
     decoder_start_id: int | None = None
+    max_loras: int = 1
 
     def __post_init__(self) -> None:
         wanted, kv_tokens = self.max_total_tokens, self.num_blocks * self.block_size
@@ -56,16 +59,16 @@ class EngineLimits:
             raise ValueError(f"{self.num_blocks} blocks cannot hold {wanted} tokens and a block more")
         if self.has_encoder and self.prefix_caching:
             raise ValueError("an encoder-decoder model has no prefixes to share")
-        if self.max_num_seqs < 1 or self.max_batch_prefill_tokens < 1:
-            raise ValueError("a step needs at least one row and one token")
+        if min(self.max_num_seqs, self.max_batch_prefill_tokens, self.max_loras) < 1:
+            raise ValueError("a step needs at least one row, one token and one slot for adapters")
 
     @property
     def has_encoder(self) -> bool:
         return self.decoder_start_id is not None
 
 
-def limits_of(ready: Ready, *, prefix_caching: bool) -> EngineLimits:
-    """The limits that a loaded device announced."""
+def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1) -> EngineLimits:
+    """The limits that a loaded device announced, and those that nobody but the options knows."""
     return EngineLimits(
         vocab_size=ready.vocab_size,
         block_size=ready.block_size,
@@ -75,6 +78,7 @@ def limits_of(ready: Ready, *, prefix_caching: bool) -> EngineLimits:
         max_batch_prefill_tokens=ready.max_batch_prefill_tokens,
         prefix_caching=prefix_caching and ready.decoder_start_id is None,
         decoder_start_id=ready.decoder_start_id,
+        max_loras=max_loras,
     )
 
 
@@ -85,6 +89,7 @@ class Scheduler:
         self.limits = limits
         self.stats = EngineStats()
         self.pool = BlockPool(limits.num_blocks)
+        self.slots = AdapterSlots(limits.max_loras)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -219,14 +224,15 @@ class Scheduler:
     # Admission.
 
     def _admit_waiting(self, builder: PlanBuilder) -> None:
-        """Newcomers in order of arrival, until one does not fit or the encoder has its one input.
+        """Newcomers in order of arrival, until one does not fit or the encoder has its one input. Who waits for a slot
+        for its adapter is passed over.
 
         A request that saw a worker die computes its first token without other newcomers: should it kill this worker
         too, it takes nobody along but those who ran already.
         """
         if any(request.is_suspect for request in self.running):
             return
-        for request in self.waiting[:MAX_LOOKAHEAD]:
+        for request in self._let_in():
             if not self._free_rows or builder.prompt_budget < 1 or (request.is_suspect and builder.num_admitted):
                 return
             if not builder.can_encode(len(request.encoder_ids)):
@@ -236,6 +242,14 @@ class Scheduler:
                 continue
             if not self._admit(request, hits, builder) or request.is_suspect or request.encoder_ids:
                 return
+
+    def _let_in(self) -> Iterator[Request]:
+        """The first of those who wait, without those for whose adapters there is no slot."""
+        entrance, num_left = Entrance(self.slots), MAX_LOOKAHEAD
+        for request in list(self.waiting):
+            if num_left and entrance.may_pass(request.adapter_digest):
+                num_left -= 1
+                yield request
 
     def _find_prefix(self, request: Request) -> list[int] | None:
         """Blocks that hold the beginning of the request; None while a running one computes the block that comes next.
@@ -280,7 +294,10 @@ class Scheduler:
         self.pool.share(hits)
         num_hit_tokens = len(hits) * self.limits.block_size
         row, cross_blocks = heapq.heappop(self._free_rows), self.pool.allocate(self._num_cross_blocks(request))
-        residency = Residency(row, list(hits), cross_blocks, num_hit_tokens, num_hit_tokens, len(hits), num_borrowed)
+        slot = self.slots.take(request.adapter_digest) if request.adapter else NO_SLOT
+        residency = Residency(
+            row, list(hits), cross_blocks, num_hit_tokens, num_hit_tokens, len(hits), num_borrowed, slot
+        )
         request.residency = residency
         if request.state is RequestState.WAITING:
             self.stats.prefix_hits += bool(hits)
@@ -301,12 +318,14 @@ class Scheduler:
         ids, logprobs = result.ids.tolist(), result.logprobs.tolist()
         runs: list[TokenRun] = []
         index = 0
-        for entry in launch.entries:
-            if entry.samples:
+        for place, entry in enumerate(launch.entries):
+            if place in result.errors:
+                runs += self._fail(entry, result.errors[place])
+            elif entry.samples:
                 runs += self._apply_sample(entry, result, index, ids[index], logprobs[index])
-                index += 1
             else:
                 self._note_written(entry)
+            index += entry.samples
         self._release_drained()
         return runs
 
@@ -318,11 +337,6 @@ class Scheduler:
         request.num_in_flight -= 1
         if request.is_ended:
             return []
-        error = result.errors.get(index, "")
-        if error:
-            self.pool.forget(entry.residency.blocks)
-            self._end(request)
-            return [end_without_token(request, "error", error)]
         self._note_written(entry)
         request.tokens.append(token_id)
         request.is_suspect = False
@@ -339,6 +353,16 @@ class Scheduler:
             finish=finish,
         )
         return [run]
+
+    def _fail(self, entry: Entry, error: str) -> list[TokenRun]:
+        """End the request of a row that could not compute; what it has written is never found again."""
+        request = entry.request
+        request.num_in_flight -= entry.samples
+        if request.is_ended:
+            return []
+        self.pool.forget(entry.residency.blocks)
+        self._end(request)
+        return [end_without_token(request, "error", error)]
 
     def _note_written(self, entry: Entry) -> None:
         """Remember blocks that are full of written keys and values now. A closed stay registers nothing any more."""
@@ -386,6 +410,8 @@ class Scheduler:
         self._releasing = [pair for pair in self._releasing if pair[1].last_step > self._last_applied]
         for request, residency in drained:
             self.pool.release(residency.all_blocks)
+            if residency.adapter_slot != NO_SLOT:
+                self.slots.release(residency.adapter_slot)
             heapq.heappush(self._free_rows, residency.row)
             self._freed_rows.append(residency.row)
             if not request.is_ended:
@@ -401,7 +427,8 @@ class Scheduler:
 
     def _extend_digests(self, request: Request) -> None:
         num_full = len(request.tokens) // self.limits.block_size
-        self._digests.extend(request.digests, request.tokens, request.cache_salt, num_full)
+        salt, adapter_digest = request.cache_salt, request.adapter_digest
+        self._digests.extend(request.digests, request.tokens, salt, num_full, adapter_digest)
 
     def _counted(self, launch: Launch) -> Launch:
         stats = self.stats
@@ -419,8 +446,10 @@ class Scheduler:
         Raises:
             ValueError: naming the first thing that does not add up.
         """
-        stays = [r.residency for r in self.running if r.residency] + [stay for _, stay in self._releasing]
+        pairs = [(request, request.residency) for request in self.running if request.residency] + self._releasing
+        stays = [stay for _, stay in pairs]
         self.pool.check([stay.all_blocks for stay in stays])
+        self._check_slots(pairs)
         rows = sorted([stay.row for stay in stays] + self._free_rows)
         if rows != list(range(self.limits.max_num_seqs)):
             raise ValueError(f"rows in use and free are {rows}")
@@ -432,6 +461,14 @@ class Scheduler:
         if sorted(r.request_id for r in places) != sorted(self.requests):
             raise ValueError("a request is in no place or in two")
         self._check_computing()
+
+    def _check_slots(self, pairs: list[tuple[Request, Residency]]) -> None:
+        for request, stay in pairs:
+            if (stay.adapter_slot == NO_SLOT) != (request.adapter is None):
+                raise ValueError(f"{request.request_id} has an adapter without a slot, or a slot without an adapter")
+        self.slots.check(
+            (request.adapter_digest, stay.adapter_slot) for request, stay in pairs if stay.adapter_slot != NO_SLOT
+        )
 
     def _check_computing(self) -> None:
         for request in self._computing.values():

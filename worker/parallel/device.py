@@ -9,6 +9,7 @@ from typing import Any
 from worker.engine.device import Device, StepPlan, StepResult
 from worker.parallel.plan_codec import decode_plan, encode_plan
 from worker.parallel.plans import PlanReader
+from worker.pipe import AdapterChecked
 
 
 class ParallelDevice:
@@ -31,6 +32,9 @@ class ParallelDevice:
 
     def collect(self, handle: Any) -> StepResult:
         return self._own.collect(handle)
+
+    def check_adapter(self, name: str, source: str) -> AdapterChecked:
+        return self._own.check_adapter(name, source)
 
 
 def obey(device: Device, plans: PlanReader) -> None:

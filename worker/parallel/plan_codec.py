@@ -11,7 +11,7 @@ import numpy as np
 
 from common import wire
 from common.errors import WireError
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
 from worker.engine.device import Flags, Ints, RowInit, StepPlan
 
 Record = TypeVar("Record", StepPlan, RowInit)
@@ -40,7 +40,7 @@ def _values(record: StepPlan | RowInit) -> list[Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if isinstance(value, SamplingParams):
+    if isinstance(value, SamplingParams | Adapter):
         return asdict(value)
     if isinstance(value, list):
         return [_values(row) for row in value]
@@ -70,6 +70,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "Ints": _ints,
     "Flags": _flags,
     "SamplingParams": wire.params_of,
+    "Adapter | None": wire.adapter_of,
     "list[RowInit]": _row_inits,
 }
 """By the annotation of a field."""

@@ -3,7 +3,8 @@
 What attention would read is simulated: each slot of a page holds (position, digest of the whole prefix up to
 there), and a forward pass checks that the pages of a row's block table spell exactly the row's history. The next
 token is a function of (seed, output index, digest as read), so that anything wrong in the pages also changes the
-output. Of an encoder-decoder model the prefix begins with what the encoder read, which lies in pages of its own.
+output. Of an encoder-decoder model the prefix begins with what the encoder read, which lies in pages of its own. What
+an adapter does to keys and values is another beginning of every digest.
 
 Like a GPU it is late: what `forward` stages on the side (rows, tables) happens at the call, what it computes
 happens only when the result is collected. Moving into a row or a block that an uncollected step still uses is
@@ -19,8 +20,10 @@ from itertools import accumulate
 import numpy as np
 
 from common.job import SamplingParams
+from worker.engine.adapters import NO_SLOT
 from worker.engine.device import RowInit, StepPlan, StepResult
 from worker.engine.scheduler import EngineLimits
+from worker.pipe import AdapterChecked
 
 MASK = (1 << 63) - 1
 
@@ -39,9 +42,14 @@ def chain(digest: int, token: int) -> int:
     return ((digest ^ (token + 1)) * 6364136223846793005 + 1442695040888963407) & MASK
 
 
-def encoder_digests(init: RowInit) -> list[int]:
+def root_of(adapter_digest: str) -> int:
+    """Where the digests of a request with this adapter begin; 0 without one."""
+    return chain(0, int(adapter_digest, 16)) if adapter_digest else 0
+
+
+def encoder_digests(init: RowInit, root: int) -> list[int]:
     """One digest per token that the encoder reads, each of everything up to there."""
-    return list(accumulate(init.encoder_ids.tolist(), chain, initial=0))[1:]
+    return list(accumulate(init.encoder_ids.tolist(), chain, initial=root))[1:]
 
 
 def token_of(seed: int, output_index: int, digest: int, vocab_size: int, forbidden: list[int]) -> int:
@@ -66,10 +74,10 @@ class Oracle:
     decoder_start_id: int | None = None
 
     def generate(
-        self, prompt: list[int], output: list[int], params: SamplingParams, eos: list[int]
+        self, prompt: list[int], output: list[int], params: SamplingParams, eos: list[int], adapter_digest: str = ""
     ) -> tuple[list[int], str]:
         """All output tokens, those given included, and how the last one ends the request."""
-        output, digest = list(output), 0
+        output, digest = list(output), root_of(adapter_digest)
         start = [] if self.decoder_start_id is None else [self.decoder_start_id]
         for token in [*prompt, *start, *output]:
             digest = chain(digest, token)
@@ -90,17 +98,19 @@ class Oracle:
 
 @dataclass
 class Row:
-    """The truth about one row, kept apart from tables and pages. `encoder` are the digests of what the encoder read."""
+    """The truth about one row, kept apart from tables and pages. `root` is what the adapter in its slot begins with,
+    `encoder` are the digests of what the encoder read."""
 
     init: RowInit
     tokens: list[int]
     digests: list[int]
+    root: int = 0
     encoder: list[int] = field(default_factory=list)
     num_launched: int = -1
 
     def push(self, token: int) -> None:
         self.tokens.append(token)
-        self.digests.append(chain([0, *self.encoder, *self.digests][-1], token))
+        self.digests.append(chain([self.root, *self.encoder, *self.digests][-1], token))
 
 
 @dataclass
@@ -122,6 +132,8 @@ class FakeDevice:
         self.digests = np.zeros((limits.num_blocks + 1, size), np.int64)
         self.tables = np.zeros((limits.max_num_seqs, -(-limits.max_total_tokens // size)), np.int32)
         self.rows: dict[int, Row] = {}
+        self.adapters = [""] * limits.max_loras
+        self.num_adapter_loads = self.most_adapters = 0
         self.staged: deque[Staged] = deque()
         self.last_step = 0
         self.num_passes_beside_others = 0
@@ -144,6 +156,8 @@ class FakeDevice:
             self._launch_row(self.rows[row], start, count)
         blocks = {block for row in plan.rows.tolist() for block in self._blocks_of(row)}
         self.staged.append(Staged(plan, [self.rows[row] for row in plan.rows.tolist()], blocks))
+        used = {row.init.adapter_slot for row in self.staged[-1].rows} - {NO_SLOT}
+        self.most_adapters = max(self.most_adapters, len(used))
 
     def sample(self, plan: StepPlan) -> Staged:
         require(self.staged and self.staged[-1].plan is plan and not self.staged[-1].is_sampled, "sampled out of order")
@@ -165,11 +179,14 @@ class FakeDevice:
             if any(wanted)
             else [],
             errors={
-                index: self.broken[row.init.request_id]
-                for index, row in enumerate(sampling)
+                place: self.broken[row.init.request_id]
+                for place, row in enumerate(handle.rows)
                 if row.init.request_id in self.broken
             },
         )
+
+    def check_adapter(self, name: str, source: str) -> AdapterChecked:
+        return AdapterChecked(name, source, "", 0, f"adapter {name}: this device has no model that it could fit")
 
     # Staged at the call.
 
@@ -202,11 +219,26 @@ class FakeDevice:
         require(0 <= init.row < self.limits.max_num_seqs and init.row not in self.rows, f"row {init.row} is occupied")
         require(not self._is_in_flight(init.row), f"row {init.row} is reused while in flight")
         self._check_encoder_part(init)
-        row = Row(init, [], [], encoder_digests(init))
+        root = self._adapt(init)
+        row = Row(init, [], [], root, encoder_digests(init, root))
         for token in [*init.prompt_ids.tolist(), *init.output_ids.tolist()]:
             row.push(token)
         self.rows[init.row] = row
         self.tables[init.row] = 0
+
+    def _adapt(self, init: RowInit) -> int:
+        """Put the adapter of a row into its slot if need be, and say what it begins with."""
+        if init.adapter is None:
+            require(init.adapter_slot == NO_SLOT, "a slot without an adapter")
+            return 0
+        slot, digest = init.adapter_slot, init.adapter.digest
+        require(0 <= slot < self.limits.max_loras, f"slot {slot} does not exist")
+        if self.adapters[slot] != digest:
+            users = [*self.rows.values(), *(row for step in self.staged for row in step.rows)]
+            require(all(row.init.adapter_slot != slot for row in users), f"slot {slot} changes under a row")
+            require(digest not in self.adapters, f"adapter {digest} is in another slot already")
+            self.adapters[slot], self.num_adapter_loads = digest, self.num_adapter_loads + 1
+        return root_of(digest)
 
     def _check_encoder_part(self, init: RowInit) -> None:
         limits, blocks = self.limits, init.cross_blocks.tolist()
@@ -248,16 +280,17 @@ class FakeDevice:
 
     def _run_encoder(self, step: Staged) -> None:
         for init in step.plan.new_rows:
-            for position, digest in enumerate(encoder_digests(init)):
+            root = root_of(init.adapter.digest if init.adapter else "")
+            for position, digest in enumerate(encoder_digests(init, root)):
                 index, slot = divmod(position, self.limits.block_size)
                 block = init.cross_blocks[index]
                 self.positions[block, slot], self.digests[block, slot] = position, digest
 
     def _read_cross(self, truth: Row) -> int:
-        """The digest of what the encoder read, as the cross pages have it."""
+        """The digest of what the encoder read, as the cross pages have it; without an encoder that of nothing."""
         init, num_ids = truth.init, len(truth.init.encoder_ids)
         if not num_ids:
-            return 0
+            return truth.root
         positions = self.positions[init.cross_blocks].ravel()[:num_ids]
         digests = self.digests[init.cross_blocks].ravel()[:num_ids]
         require(np.array_equal(positions, np.arange(num_ids)), f"{init.request_id}: cross pages hold other positions")

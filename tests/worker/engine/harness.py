@@ -9,12 +9,12 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
 from tests.worker.engine.fake_device import FakeDevice, Oracle, logprob_of
 from worker.engine.loop import EngineLoop
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import EngineLimits, Scheduler
-from worker.pipe import Abort, Commit, Message, Step, Submit
+from worker.pipe import Abort, AdapterChecked, Commit, Message, Step, Submit
 
 EOS = 7
 START = 3
@@ -42,7 +42,7 @@ def encoder_limits(**changes: object) -> EngineLimits:
 
 
 def submit(request_id: str, prompt: list[int], *, output: list[int] | None = None, **fields: object) -> Submit:
-    names = {"epoch", "cache_salt", "is_suspect", "eos_token_ids"}
+    names = {"epoch", "cache_salt", "is_suspect", "eos_token_ids", "adapter"}
     params = {"max_new_tokens": 8, "seed": 1} | {name: value for name, value in fields.items() if name not in names}
     rest = {"epoch": 1, "eos_token_ids": [EOS]} | {name: value for name, value in fields.items() if name in names}
     return Submit(
@@ -52,6 +52,10 @@ def submit(request_id: str, prompt: list[int], *, output: list[int] | None = Non
         params=SamplingParams(**params),
         **rest,
     )
+
+
+def adapter(number: int) -> Adapter:
+    return Adapter(f"a{number}", f"/adapters/{number}", f"{number:032x}")
 
 
 class Clock:
@@ -88,6 +92,7 @@ class Harness:
         self.clock = Clock()
         self.inbox: SimpleQueue[Message | None] = SimpleQueue()
         self.steps: list[Step] = []
+        self.checked: list[AdapterChecked] = []
         self.outcomes: dict[str, Outcome] = {}
         self.submits: dict[str, Submit] = {}
         self.commits = commits
@@ -133,7 +138,7 @@ class Harness:
         for request_id, outcome in self.outcomes.items():
             message = self.submits[request_id]
             expected, finish = oracle.generate(
-                message.prompt_ids, message.output_ids, message.params, message.eos_token_ids
+                message.prompt_ids, message.output_ids, message.params, message.eos_token_ids, digest_of(message)
             )
             if outcome.is_aborted and not outcome.finish:
                 assert outcome.ids == expected[: len(outcome.ids)], request_id
@@ -143,7 +148,10 @@ class Harness:
         assert self.scheduler.pool.num_free == self.limits.num_blocks
         assert not self.scheduler._computing
 
-    def _receive(self, step: Step) -> None:
+    def _receive(self, step: Step | AdapterChecked) -> None:
+        if isinstance(step, AdapterChecked):
+            self.checked.append(step)
+            return
         assert step.step == len(self.steps) + 1
         self.steps.append(step)
         for run in step.runs:
@@ -159,8 +167,15 @@ class Harness:
             self.inbox.put(Commit(step.step))
 
 
-def random_traffic(harness: Harness, seed: int, num_requests: int) -> None:
-    """Random arrivals with shared beginnings, equal prompts, stops, migrated jobs, suspects and aborts at any time."""
+def digest_of(message: Submit) -> str:
+    return message.adapter.digest if message.adapter else ""
+
+
+def random_traffic(harness: Harness, seed: int, num_requests: int, num_adapters: int = 0) -> None:
+    """Random arrivals with shared beginnings, equal prompts, stops, migrated jobs, suspects and aborts at any time.
+
+    With `num_adapters` three of four requests have one of so many.
+    """
     rng = random.Random(seed)
     stems = [[rng.randrange(8, 50) for _ in range(24)] for _ in range(3)]
     oracle = Oracle(harness.limits.vocab_size, harness.limits.decoder_start_id)
@@ -168,8 +183,12 @@ def random_traffic(harness: Harness, seed: int, num_requests: int) -> None:
         message = random_submit(rng, f"r{index}", rng.choice(stems))
         if harness.limits.has_encoder:
             message = replace(message, prompt_ids=message.prompt_ids[-harness.limits.max_batch_prefill_tokens :])
+        if num_adapters and rng.random() < 0.75:
+            message = replace(message, adapter=adapter(rng.randrange(num_adapters)))
         if rng.random() < 0.2:
-            whole, _ = oracle.generate(message.prompt_ids, [], message.params, message.eos_token_ids)
+            whole, _ = oracle.generate(
+                message.prompt_ids, [], message.params, message.eos_token_ids, digest_of(message)
+            )
             logged = whole[: rng.randrange(len(whole) + 1)]
             message = replace(message, output_ids=logged, epoch=2, is_suspect=rng.random() < 0.5)
         harness.submit(message)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import WireError
-from common.job import LogprobKind, PenaltyKind, SamplingParams
+from common.job import Adapter, LogprobKind, PenaltyKind, SamplingParams
 from worker.engine.device import NO_IDS, RowInit, StepPlan
 from worker.parallel.plan_codec import decode_plan, encode_plan
 
@@ -47,6 +47,7 @@ BY_ANNOTATION: dict[str, Any] = {
     "Ints": INTS,
     "Flags": st.lists(st.booleans(), max_size=20).map(lambda flags: np.array(flags, np.bool_)),
     "SamplingParams": PARAMS,
+    "Adapter | None": st.none() | st.builds(Adapter, st.text(), st.text(), st.text()),
 }
 
 
@@ -75,6 +76,8 @@ def changed(value: Any) -> Any:
         return np.append(value, value.dtype.type(1))
     if isinstance(value, SamplingParams):
         return replace(value, seed=value.seed + 1)
+    if value is None or isinstance(value, Adapter):
+        return Adapter("other", "", "") if value is None else None
     return value + value[:1] if isinstance(value, list) else value + type(value)(1)
 
 
