@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.loading import load_weights
+from worker.model.lora import LoraSlots
 from worker.model.quant.choice import choose_quantisation
 from worker.model.spec import Spec
 from worker.model.t5 import T5
@@ -32,24 +34,31 @@ def load_decoder(
     group: Group | None = None,
     max_length: int | None = None,
     quantize: str | None = None,
+    adapters: LoraSlots | None = None,
 ) -> Decoder:
     """The model of a folder, or the part of it that is the rank's; `spec` replaces what its config says, `quantize` is
     the option."""
     config = read_config(folder)
     read, family = read_spec(config)
     group, quantisation = group or Alone(), choose_quantisation(quantize, config)
-    weights = load_weights(spec or read, family, Checkpoint(folder), dtype, group.shard, quantisation=quantisation)
+    weights = load_weights(
+        spec or read, family, Checkpoint(folder), dtype, group.shard, quantisation=quantisation, adapters=adapters
+    )
     return Decoder(spec or read, weights, attention or CpuAttention(), group, max_length)
 
 
 @torch.inference_mode()
 def paged_logits(
-    decoder: Decoder, sequences: list[list[int]], seed: int = 0, kv_type: torch.dtype | None = None
+    decoder: Decoder,
+    sequences: list[list[int]],
+    seed: int = 0,
+    kv_type: torch.dtype | None = None,
+    on_step: Callable[[np.ndarray], None] = lambda rows: None,
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Logits [length, vocab] of every position of every sequence, all running together in steps of random chunks.
 
-    Pages are dealt at random. Also returns the sizes of the chunks of each step, so that a test can assert what it
-    mixed.
+    Pages are dealt at random. Before each step `on_step` gets the number of each token's sequence. Also returns the
+    sizes of the chunks of each step, so that a test can assert what it mixed.
     """
     randomness = random.Random(seed)
     num_blocks = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
@@ -65,6 +74,7 @@ def paged_logits(
     while any(done < len(sequence) for done, sequence in zip(computed, sequences)):
         rows = [row for row, sequence in enumerate(sequences) if computed[row] < len(sequence)]
         sizes = [min(randomness.choice((1, 1, 1, 5, 13)), len(sequences[row]) - computed[row]) for row in rows]
+        on_step(np.repeat(rows, sizes))
         logits = _step(decoder, sequences, tables, pages, computed, rows, sizes)
         for row, part in zip(rows, logits.split(sizes)):
             outputs[row].append(part)

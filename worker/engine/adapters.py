@@ -1,7 +1,8 @@
 """Which LoRA adapter lies in which slot of the device, and who may come in when all slots are in use.
 
-A slot is in use while a stay names it, which ends when the last launched step of the stay was applied. Adapters in other
-slots stay where they are until another one needs the place: first the one to which nobody came for the longest time.
+A slot is in use while a stay names it, which ends when the last launched step of the stay was applied. Adapters in
+other slots stay where they are until another one needs the place: first the one to which nobody came for the longest
+time.
 
 Who needs a slot while all are in use waits, and others may overtake. So that nobody waits for ever, the oldest of those
 who wait claims the slot to which nobody came for the longest time, the next one the slot after that, and so on: later

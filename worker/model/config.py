@@ -278,8 +278,8 @@ class ConfigReader:
     def error(self, message: str) -> ConfigurationError:
         return ConfigurationError(f"{self._where}: {message}")
 
-    def finish(self) -> None:
-        """Refuse what nobody asked for.
+    def finish(self, why: str = "not supported for this model type") -> None:
+        """Refuse what nobody asked for, and say `why`.
 
         Raises:
             ConfigurationError: if a key that was not consumed says something; it names all of those.
@@ -287,9 +287,9 @@ class ConfigReader:
         unknown = [name for name in self._values if name not in self._consumed and self._matters(name)]
         if unknown:
             found = ", ".join(f"{self._own_name(name)}={self._values[name]!r:.60}" for name in sorted(unknown))
-            raise self.error(f"not supported for this model type: {found}")
+            raise self.error(f"{why}: {found}")
         for section in self._sections:
-            section.finish()
+            section.finish(why)
 
     def _matters(self, name: str) -> bool:
         value = self._values[name]
@@ -329,9 +329,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: if it is missing, too large or not a JSON object.
     """
-    path = folder / "config.json"
+    return read_object(folder / "config.json", f"{folder} is not a model folder")
+
+
+def read_object(path: Path, why_missing: str) -> dict[str, Any]:
+    """The parsed JSON object of a small file.
+
+    Raises:
+        ConfigurationError: if it is missing, which begins with `why_missing`, too large or not a JSON object.
+    """
     if not path.is_file():
-        raise ConfigurationError(f"{folder} is not a model folder: it has no config.json")
+        raise ConfigurationError(f"{why_missing}: it has no {path.name}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigurationError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no model's config is")
     try:

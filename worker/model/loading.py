@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.model.families.base import Family, QkvLayout
+from worker.model.lora import LoraSlots
 from worker.model.moe import ListedExperts, StackedExperts
 from worker.model.quant.linear import Int8Embedding, Int8Linear, SideBySide, linear_of
 from worker.model.quant.matrix import QuantisedMatrix, stacked
@@ -98,6 +99,7 @@ class Builder:
     shard: Shard = WHOLE
     quantisation: Quantisation = NOT_QUANTISED
     on_progress: Callable[[int], None] = field(default=lambda num_bytes: None)
+    adapters: LoraSlots | None = None
 
     def has(self, key: str) -> bool:
         return self._is_there(self.name(key))
@@ -168,7 +170,11 @@ class Builder:
     # Products.
 
     def linear(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> Linear:
-        """The product with the rows of all pieces, one below the other."""
+        """The product with the rows of all pieces, one below the other, which adapters may change."""
+        base = self._fixed(pieces, bias)
+        return base if self.adapters is None else self.adapters.wrap(base, pieces)
+
+    def _fixed(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> Linear:
         if self._only_counts and any(map(self._is_quantised, pieces)):
             return self._counted(pieces, bias)
         weights = self._weights(pieces)
@@ -186,7 +192,7 @@ class Builder:
         return StackedExperts(stacked.view(len(pieces), -1, stacked.shape[1]))
 
     def _listed_experts(self, pieces: Sequence[Sequence[Piece]]) -> ListedExperts:
-        return ListedExperts(tuple(self.linear(own) for own in pieces))
+        return ListedExperts(tuple(self._fixed(own) for own in pieces))
 
     def _counted_experts(self, pieces: Sequence[Sequence[Piece]]) -> ListedExperts:
         """All of one kind take what the first of them takes."""
@@ -306,7 +312,7 @@ class Builder:
 
     def _own_head(self, piece: Piece, bias: Tensor | None) -> Linear:
         if self._is_stored_quantised(self._name_of(piece)):
-            return self.linear([piece], bias)
+            return self._fixed([piece], bias)
         if not self.quantisation.has_int8_embeddings:
             return DenseLinear(self.fill([piece]), bias)
         if self._only_counts:
@@ -350,13 +356,15 @@ def load_weights(
     shard: Shard = WHOLE,
     on_progress: ProgressFunction | None = None,
     quantisation: Quantisation = NOT_QUANTISED,
+    adapters: LoraSlots | None = None,
 ) -> DecoderWeights:
-    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
     """
-    return load_with(partial(_load, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
+    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters)
+    return load_with(partial(_load, spec), builder, on_progress)
 
 
 def weight_bytes(
@@ -388,7 +396,7 @@ def bytes_of(load: Callable[[Builder], object], builder: Builder) -> int:
         nonlocal total
         total += num_bytes
 
-    load(replace(builder, source=_SizesOnly(builder.source), on_progress=add))
+    load(replace(builder, source=_SizesOnly(builder.source), on_progress=add, adapters=None))
     return total
 
 

@@ -30,6 +30,7 @@ from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
 from worker.model.layers import ACTIVATION_FUNCTIONS, mlp, rms_norm
 from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
+from worker.model.lora import LoraSlots
 from worker.model.quant.scheme import NOT_QUANTISED, Quantisation
 from worker.model.spec import T5Spec
 from worker.model.weights import Embedding, Linear, MlpWeights, NormWeights, Part, TensorSource
@@ -179,8 +180,9 @@ def load_t5_weights(
     shard: Shard = WHOLE,
     on_progress: ProgressFunction | None = None,
     quantisation: Quantisation = NOT_QUANTISED,
+    adapters: LoraSlots | None = None,
 ) -> T5Weights:
-    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous, which the message names; or for float16.
@@ -190,7 +192,8 @@ def load_t5_weights(
             f"--dtype float16 is too narrow for {spec.model_type}, whose activations overflow it; "
             "choose bfloat16 or float32"
         )
-    return load_with(partial(load_t5, spec), Builder(family, source, dtype, shard, quantisation), on_progress)
+    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters)
+    return load_with(partial(load_t5, spec), builder, on_progress)
 
 
 def t5_weight_bytes(

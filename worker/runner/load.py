@@ -21,6 +21,7 @@ from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.families.base import Family
 from worker.model.loading import load_weights, weight_bytes
+from worker.model.lora import LoraSlots
 from worker.model.quant.choice import choose_quantisation
 from worker.model.quant.linear import has_slow_products
 from worker.model.quant.scheme import Quantisation
@@ -59,7 +60,8 @@ def load_device(
     dtype = choose_dtype(settings.dtype, stored, reasons)
     num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard, quantisation), group.shard.size
     _check_memory(num_bytes, _free_bytes(settings, group), num_ranks)
-    model = _load(settings, spec, family, source, dtype, group, quantisation, on_progress)
+    adapters = LoraSlots(family, dtype)
+    model = _load(settings, spec, family, source, dtype, group, quantisation, adapters, on_progress)
     return_freed_memory()
     reasons += _quantisation_reasons(quantisation, model, num_bytes)
     kv_type = choose_kv_type(settings.kv_cache_dtype, dtype)
@@ -71,7 +73,7 @@ def load_device(
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):
         reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
-    device = _device(model, kv_type, settings, limits)
+    device = _device(model, kv_type, adapters, settings, limits)
     return device, _ready(settings, spec, dtype, quantisation, digest, limits, reasons)
 
 
@@ -170,6 +172,7 @@ def _load(
     dtype: torch.dtype,
     group: Group,
     quantisation: Quantisation,
+    adapters: LoraSlots,
     on_progress: OnProgress,
 ) -> Model:
     def report(done: int, total: int) -> None:
@@ -177,22 +180,26 @@ def _load(
 
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
     if isinstance(spec, T5Spec):
-        t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation)
+        t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
         return T5(spec, t5_weights, attention, group)
-    weights = load_weights(spec, family, source, dtype, group.shard, report, quantisation)
+    weights = load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest)
 
 
-def _device(model: Model, kv_type: torch.dtype, settings: WorkerSettings, limits: Limits) -> TorchDevice:
+def _device(
+    model: Model, kv_type: torch.dtype, adapters: LoraSlots, settings: WorkerSettings, limits: Limits
+) -> TorchDevice:
     try:
         return TorchDevice(
             model,
             kv_type,
+            adapters,
             num_blocks=limits.kv_tokens // settings.block_size,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,
             max_total_tokens=limits.max_total_tokens,
+            max_lora_rank=settings.max_lora_rank,
         )
     except MemoryError as error:
         raise ConfigurationError(

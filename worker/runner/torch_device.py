@@ -14,7 +14,10 @@ from worker.attention import Batch
 from worker.attention.pages import clean_pages, page_width
 from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
+from worker.model.lora import LoraSlots
 from worker.model.t5 import T5
+from worker.pipe import AdapterChecked
+from worker.runner.adapters import RowAdapters
 from worker.runner.rows import Ints, Rows
 from worker.runner.sampler import sample
 from worker.runner.vocabulary import Vocabulary
@@ -37,13 +40,16 @@ class TorchDevice:
         self,
         model: Model,
         kv_type: torch.dtype,
+        adapters: LoraSlots,
         *,
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
         max_total_tokens: int,
+        max_lora_rank: int,
     ) -> None:
         self._model, self._block_size = model, block_size
+        self._adapters = RowAdapters(adapters, model.group, num_rows=max_num_seqs, max_rank=max_lora_rank)
         num_layers, num_heads, head_dim = model.page_shape
         shape = (num_layers, 2, num_blocks + 1, block_size, num_heads, page_width(head_dim, kv_type))
         self.pages = untouched_zeros(shape, kv_type)
@@ -64,7 +70,9 @@ class TorchDevice:
         tokens = self._tokens(plan, ends)
         offsets = np.arange(len(tokens)) - np.repeat(ends - num_queries, num_queries)
         positions = np.repeat(starts, num_queries) + offsets
-        slots = self._slots(self.rows.block_tables, np.repeat(rows, num_queries), positions)
+        owners = np.repeat(rows, num_queries)
+        slots = self._slots(self.rows.block_tables, owners, positions)
+        self._adapters.use(owners)
         batch = Batch(num_queries, starts, self._tables(self.rows.block_tables, rows, starts + num_queries), slots)
         wanted = torch.from_numpy(ends[plan.samples] - 1)
         step = (torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted)
@@ -82,8 +90,9 @@ class TorchDevice:
         self.rows.remember(rows, sampled.ids)
         for index in sampled.errors:
             self._clean(int(rows[index]), int(last_positions[index]) + 1)
-        errors = sampled.errors | {
-            index: self._row_errors[row] for index, row in enumerate(rows.tolist()) if row in self._row_errors
+        places = np.flatnonzero(plan.samples).tolist()
+        errors = {places[index]: error for index, error in sampled.errors.items()} | {
+            place: self._row_errors[row] for place, row in enumerate(plan.rows.tolist()) if row in self._row_errors
         }
         return StepResult(
             ids=sampled.ids.astype(np.int32),
@@ -95,12 +104,17 @@ class TorchDevice:
     def collect(self, handle: StepResult) -> StepResult:
         return handle
 
+    def check_adapter(self, name: str, source: str) -> AdapterChecked:
+        return self._adapters.check(name, source)
+
     def _apply(self, plan: StepPlan) -> None:
         for row in [*plan.freed_rows.tolist(), *(init.row for init in plan.new_rows)]:
             self._row_errors.pop(row, None)
         self.rows.apply(plan)
-        if isinstance(self._model, T5):
-            for init in plan.new_rows:
+        for init in plan.new_rows:
+            if error := self._adapters.move_in(init):
+                self._row_errors[init.row] = error
+            if isinstance(self._model, T5):
                 self._encode(self._model, init)
 
     def _encode(self, model: T5, init: RowInit) -> None:
@@ -109,7 +123,9 @@ class TorchDevice:
         if is_unknown.any():
             self._row_errors[init.row] = NOT_IN_VOCABULARY
             tokens[is_unknown] = 0
-        slots = self._slots(self.rows.cross_tables, np.full(len(tokens), init.row), np.arange(len(tokens)))
+        owners = np.full(len(tokens), init.row)
+        slots = self._slots(self.rows.cross_tables, owners, np.arange(len(tokens)))
+        self._adapters.use(owners)
         model.encode(torch.from_numpy(tokens), slots, self.pages)
 
     def _cross(self, rows: Ints, batch: Batch) -> Batch:
