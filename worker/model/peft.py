@@ -242,7 +242,10 @@ def _module_of(path: Path, tensor: str, config: LoraConfig, targets: Mapping[str
     module = match["module"]
     if module not in targets:
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-        raise ConfigurationError(f"{path}: {tensor:.200} changes what adapters may not change here; they may {ends}")
+        raise ConfigurationError(
+            f"{path}: {tensor:.200} is for a module that this model does not have or that adapters may not change; "
+            f"they may change {ends} of its layers"
+        )
     if not config.covers(module):
         raise ConfigurationError(f"{path}: {tensor:.200} is of a module that {CONFIG} does not name")
     return module
