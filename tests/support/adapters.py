@@ -6,12 +6,20 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+from tests.support import tiny_models, tiny_t5
+from worker.model.families import read_spec
+from worker.model.loading import load_weights
+from worker.model.lora import LoraSlots
+from worker.model.spec import T5Spec
+from worker.model.t5 import load_t5_weights
+from worker.model.weights import DummySource
 
 PREFIX = "base_model.model."
 DEFAULTS = dict(
@@ -91,5 +99,13 @@ def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+@cache
+def slots_of(name: str) -> LoraSlots:
+    """What adapters may change in a model of that name, whatever its weights are."""
+    config = tiny_t5.build(name).config if name in tiny_t5.CASES else tiny_models.config_of(name)
+    spec, family = read_spec(config.to_dict())
+    slots = LoraSlots(family, torch.float32)
+    source = DummySource(is_tied=False, head_name=family.candidates("head", 0, 0)[0])
+    load = load_t5_weights if isinstance(spec, T5Spec) else load_weights
+    load(spec, family, source, torch.float32, adapters=slots)
+    return slots

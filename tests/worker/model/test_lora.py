@@ -14,21 +14,17 @@ import torch
 import transformers
 
 from tests.support import tiny_models, tiny_t5
-from tests.support.adapters import is_transposed, merged, shape_of, write_adapter
+from tests.support.adapters import is_transposed, merged, shape_of, slots_of, write_adapter
 from tests.support.lockstep import run_ranks
 from tests.support.paged import load_decoder, paged_logits, relative_error
 from worker.model import lora
 from worker.model.config import read_config
 from worker.model.decoder import Decoder
 from worker.model.families import read_spec
-from worker.model.loading import load_weights
 from worker.model.lora import Change, LoraSlots, LoraStep, Target
 from worker.model.peft import read_adapter
 from worker.model.quant.rounding import int8_by_row, nf4_by_block
 from worker.model.quant.scheme import Quantisation
-from worker.model.spec import T5Spec
-from worker.model.t5 import load_t5_weights
-from worker.model.weights import DummySource
 from worker.parallel.group import Alone, Group
 
 TOLERANCE = 2e-5
@@ -88,18 +84,6 @@ def cases(tiny, tmp_path_factory) -> Callable[[str], Case]:
         return Case(model.folder, adapters, sequences, expected, without)
 
     return get
-
-
-@cache
-def slots_of(name: str) -> LoraSlots:
-    """What adapters may change in a model of that name, whatever its weights are."""
-    config = tiny_t5.build(name).config if name in tiny_t5.CASES else tiny_models.config_of(name)
-    spec, family = read_spec(config.to_dict())
-    slots = LoraSlots(family, torch.float32)
-    source = DummySource(is_tied=False, head_name=family.candidates("head", 0, 0)[0])
-    load = load_t5_weights if isinstance(spec, T5Spec) else load_weights
-    load(spec, family, source, torch.float32, adapters=slots)
-    return slots
 
 
 def load(

@@ -15,12 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigurationError
 from tests.support import tiny_models
-from tests.support.adapters import DEFAULTS, PREFIX, write_adapter
-from worker.model.families import read_spec
-from worker.model.loading import load_weights
+from tests.support.adapters import DEFAULTS, PREFIX, slots_of, write_adapter
 from worker.model.lora import LoraSlots
 from worker.model.peft import StoredAdapter, read_adapter, read_lora_config
-from worker.model.weights import DummySource
 
 WRITTEN_BY_PEFT = dict(
     DEFAULTS,
@@ -59,10 +56,7 @@ Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def slots() -> LoraSlots:
-    spec, family = read_spec(tiny_models.config_of("qwen2_moe").to_dict())
-    found = LoraSlots(family, torch.float32)
-    load_weights(spec, family, DummySource(is_tied=False, head_name="lm_head"), torch.float32, adapters=found)
-    return found
+    return slots_of("qwen2_moe")
 
 
 @pytest.fixture(scope="module")
@@ -291,13 +285,8 @@ def test_tensors_are_of_modules_that_the_config_names(folder, read):
 
 
 def test_two_names_for_one_matrix_are_one_too_many(tmp_path):
-    model = tiny_models.build("bloom")
-    spec, family = read_spec(model.config.to_dict())
-    slots = LoraSlots(family, torch.float32)
-    source = DummySource(is_tied=False, head_name="lm_head")
-    load_weights(spec, family, source, torch.float32, adapters=slots)
-    name = "h.0.self_attention.dense"
-    folder = write_adapter(tmp_path, model, [f"transformer.{name}"])
+    slots, name = slots_of("bloom"), "h.0.self_attention.dense"
+    folder = write_adapter(tmp_path, tiny_models.build("bloom"), [f"transformer.{name}"])
     assert len(read_adapter(folder, slots.targets, 64).pairs) == 1
     for side in "AB":
         rewrite(folder, renamed(f"{PREFIX}transformer.{name}.lora_{side}.weight", f"{PREFIX}{name}.lora_{side}.weight"))

@@ -11,14 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.job import SamplingParams
+from common.job import Adapter, SamplingParams
 from tests.support import tiny_models
+from tests.support.adapters import merged, write_adapter
 from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.families import read_spec
 from worker.model.loading import weight_bytes
 from worker.parallel.shard import Shard
-from worker.pipe import Commit, Failed, Progress, Ready, Step, Stop, Submit, encode, read_message
+from worker.pipe import (
+    AdapterChecked,
+    CheckAdapter,
+    Commit,
+    Failed,
+    Progress,
+    Ready,
+    Step,
+    Stop,
+    Submit,
+    encode,
+    read_message,
+)
 
 DEADLINE_S = 60.0
 ROOT = Path(__file__).parents[3]
@@ -125,6 +138,52 @@ def test_ranks_load_and_report_as_one(engine, tmp_path):
     assert done[-1] == sum(totals)
     assert f"on each of {NUM_RANKS} ranks" in message.reasons[0]
     assert [reason.split()[0] for reason in message.reasons] == LIMIT_NAMES
+    engine.send(Stop())
+    assert engine.process.wait(DEADLINE_S) == 0
+    engine.close()
+
+
+def tokens_of(engine, *messages: Submit) -> dict[str, tuple[list[int], str]]:
+    """Tokens and errors of requests that run together."""
+    for message in messages:
+        engine.send(message)
+    got, errors = {message.request_id: [] for message in messages}, {}
+    while len(errors) < len(messages):
+        step = engine.receive()
+        assert isinstance(step, Step), step
+        engine.send(Commit(step.step))
+        for run in step.runs:
+            got[run.request_id] += run.ids
+            if run.finish:
+                errors[run.request_id] = run.error
+    return {name: (ids, errors[name]) for name, ids in got.items()}
+
+
+def greedy(model, ids: list[int], number: int) -> list[int]:
+    with torch.no_grad():
+        made = model.generate(torch.tensor([ids]), max_new_tokens=number, do_sample=False, eos_token_id=None)
+    return made[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("engine", [tiny_settings_of_ranks], indirect=True)
+def test_ranks_check_an_adapter_serve_it_and_outlive_its_end(engine, tmp_path):
+    model, folder, ids = tiny_models.build("llama"), tmp_path / "adapter", [5, 6, 7]
+    modules = [f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.o", "mlp.up", "mlp.down")]
+    write_adapter(folder, model, modules)
+    while not isinstance(engine.receive(), Ready):
+        pass
+    engine.send(CheckAdapter("x", str(folder)))
+    checked = engine.receive()
+    assert isinstance(checked, AdapterChecked) and (checked.rank, checked.error) == (4, "")
+    adapter, params = Adapter("x", str(folder), checked.digest), SamplingParams(max_new_tokens=12)
+    fields = dict(epoch=1, prompt_ids=ids, output_ids=[], params=params, eos_token_ids=[])
+    got = tokens_of(engine, Submit(request_id="a", **fields, adapter=adapter), Submit(request_id="b", **fields))
+    assert got == {"a": (greedy(merged(model, folder), ids, 12), ""), "b": (greedy(model, ids, 12), "")}
+    assert got["a"] != got["b"]
+    other = Adapter("y", str(folder), "0" * 32)
+    got = tokens_of(engine, Submit(request_id="c", **fields, adapter=other), Submit(request_id="d", **fields))
+    assert got["c"][0] == [] and "changed since the job was accepted" in got["c"][1]
+    assert got["d"] == (greedy(model, ids, 12), "")
     engine.send(Stop())
     assert engine.process.wait(DEADLINE_S) == 0
     engine.close()
