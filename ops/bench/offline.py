@@ -11,7 +11,7 @@ from common.settings import WorkerSettings
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
-from worker.pipe import Commit, Message, Step, Submit
+from worker.pipe import AdapterChecked, Commit, Message, Step, Submit
 from worker.runner.load import load_device
 
 
@@ -30,7 +30,8 @@ class OfflineEngine:
     def __init__(self, settings: WorkerSettings) -> None:
         self.device, self.ready = load_device(settings, lambda phase, done, total: None)
         self._inbox: Inbox = SimpleQueue()
-        scheduler = Scheduler(limits_of(self.ready, prefix_caching=settings.prefix_caching))
+        limits = limits_of(self.ready, prefix_caching=settings.prefix_caching, max_loras=settings.max_loras)
+        scheduler = Scheduler(limits)
         pacer = PrefillPacer(self.ready.max_batch_prefill_tokens, settings.prefill_step)
         self._loop = EngineLoop(self.device, scheduler, pacer, self._inbox, self._note)
         self._outputs: dict[str, list[int]] = {}
@@ -63,7 +64,8 @@ class OfflineEngine:
             largest_batch=int(self._loop.scheduler.stats.batch_max),
         )
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: Step | AdapterChecked) -> None:
+        assert isinstance(step, Step), "nobody asked for a check"
         self.send(Commit(step.step))
         for run in step.runs:
             if run.error:
