@@ -155,10 +155,12 @@ def test_a_migrated_job_goes_on_as_if_nothing_had_happened(engine: Engine, num_l
 class UnchainedDigests(BlockDigests):
     """Blocks of equal tokens count as equal whatever stands before them."""
 
-    def extend(self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int) -> None:
+    def extend(
+        self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int, adapter_digest: str = ""
+    ) -> None:
         for index in range(len(digests), num_blocks):
             single: list[bytes] = []
-            super().extend(single, tokens[index * self.block_size :], salt, 1)
+            super().extend(single, tokens[index * self.block_size :], salt, 1, adapter_digest)
             digests += single
 
 
