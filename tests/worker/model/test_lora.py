@@ -23,8 +23,7 @@ from worker.model.decoder import Decoder
 from worker.model.families import read_spec
 from worker.model.lora import Change, LoraSlots, LoraStep, Target
 from worker.model.peft import read_adapter
-from worker.model.quant.rounding import int8_by_row, nf4_by_block
-from worker.model.quant.scheme import Quantisation
+from worker.model.quant.choice import MADE
 from worker.parallel.group import Alone, Group
 
 TOLERANCE = 2e-5
@@ -216,8 +215,9 @@ def test_columns_of_another_rank_show(cases, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "cohere"])
-@pytest.mark.parametrize("make", [int8_by_row, nf4_by_block])
-def test_adapters_ride_beside_matrices_of_few_bits(cases, tiny, name, make):
+@pytest.mark.parametrize("quantize", ["bitsandbytes", "bitsandbytes-nf4"])
+def test_adapters_ride_beside_matrices_of_few_bits(cases, tiny, name, quantize):
+    make = MADE[quantize].make
     case, reference = cases(name), copy.deepcopy(tiny(name).reference)
     with torch.no_grad():
         for target in set(slots_of(name).targets.values()):
@@ -227,7 +227,7 @@ def test_adapters_ride_beside_matrices_of_few_bits(cases, tiny, name, make):
         models = [*(merged(reference, adapter) for adapter in case.adapters), reference]
         pairs = zip(SLOT_OF_ROW, case.sequences, strict=True)
         expected = [models[slot](torch.tensor([ids])).logits[0] for slot, ids in pairs]
-    logits, steps = run(*load(case, quantisation=Quantisation(make=make)), case)
+    logits, steps = run(*load(case, quantize=quantize), case)
     assert len(steps) >= 5
     assert relative_error(logits, expected) <= TOLERANCE
     assert relative_error(logits, case.expected) > 10 * TOLERANCE, "eight bits would look like all bits"
