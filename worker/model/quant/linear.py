@@ -67,7 +67,7 @@ class Int8Linear:
             result = self._many(flat)
         if self.bias is not None:
             result += self.bias
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[1])
 
     def _many(self, x: Tensor) -> Tensor:
         size = max(DEQUANTISED_ELEMENTS // self.codes.shape[1], 1)
@@ -118,7 +118,7 @@ class Int4Linear:
             result = self._many(flat)
         if self.bias is not None:
             result += self.bias
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[1])
 
     def _many(self, x: Tensor) -> Tensor:
         num_columns = self.packed.shape[1] * 2
