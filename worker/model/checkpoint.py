@@ -35,6 +35,8 @@ CODE_DTYPES = {
 MAX_WHOLE_BYTES = 1 << 24
 """Of what is read to know what else there is, such as the order of columns."""
 PARAMETERS = (".weight", ".bias")
+PACKED = (".qweight", ".weight_packed")
+"""What formats of quantised weights have in the place of a weight."""
 
 
 class Checkpoint:
@@ -105,8 +107,15 @@ class Checkpoint:
 
     def _place(self, name: str) -> tuple[Path, dict[str, Any]]:
         if name not in self._places:
-            raise ConfigurationError(f"{self._folder}: tensor {name} is missing; the checkpoint is incomplete")
+            raise ConfigurationError(f"{self._folder}: tensor {name} is missing; {self._why_missing(name)}")
         return self._places[name]
+
+    def _why_missing(self, name: str) -> str:
+        module = name.removesuffix(".weight")
+        others = [module + ending for ending in PACKED if module + ending in self._places]
+        if module == name or not others:
+            return "the checkpoint is incomplete"
+        return f"there is {others[0]} in its place, of which the quantization_config in config.json says nothing"
 
     def _check_dtype(self, name: str, stored: str, wanted: torch.dtype) -> None:
         allowed = [own for own, dtype in CODE_DTYPES.items() if dtype is wanted] or list(STORED_DTYPES)

@@ -171,6 +171,76 @@ def test_notes_about_how_a_file_was_made_pass(values, notes):
     assert "made_up=3" in refusal(values | notes | dict(made_up=3))
 
 
+TOOLS = dict(block_name_to_quantize=None, dataset=None, exllama_config=dict(version=1), use_cuda_fp16=False)
+W4A16 = dict(
+    dict(actorder="weight", block_structure=None, dynamic=False, group_size=128, num_bits=4, observer="minmax"),
+    **dict(observer_kwargs={}, strategy="group", symmetric=True, type="int"),
+)
+DYNAMIC_INPUTS = dict(dynamic=True, num_bits=8, strategy="token", symmetric=True, type="float")
+
+
+def of_compressed_tensors(form: str, inputs: Any, weights: Any) -> dict[str, Any]:
+    group = dict(input_activations=inputs, output_activations=None, targets=["Linear"], weights=weights)
+    told = dict(config_groups=dict(group_0=group), format=form, ignore=["lm_head"], kv_cache_scheme=None)
+    return told | dict(
+        global_compression_ratio=1.4, quant_method="compressed-tensors", quantization_status="compressed"
+    )
+
+
+RELEASED: dict[str, tuple[dict[str, Any], str, int]] = {
+    "AutoGPTQ": (
+        dict(GPTQ, **NOTES, bits=4, group_size=128, desc_act=True, sym=True, model_file_base_name="model"),
+        *("gptq", 128),
+    ),
+    "optimum": (
+        dict(TOOLS, bits=8, group_size=128, quant_method="gptq", desc_act=False, use_exllama=True),
+        "gptq",
+        128,
+    ),
+    "GPTQModel": (
+        dict(bits=4, checkpoint_format="gptq_v2", desc_act=False, group_size=-1, lm_head=True, pack_dtype="int32")
+        | dict(meta=dict(quantizer=["x:1.0"], uri="x"), quant_method="gptq", sym=False, dynamic={"-:.*gate.*": {}}),
+        *("gptq", 8),
+    ),
+    "AutoAWQ": (
+        dict(bits=4, group_size=128, modules_to_not_convert=None, quant_method="awq", version="gemm", zero_point=True),
+        *("awq", 128),
+    ),
+    "fine-grained fp8": (
+        dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128]),
+        *("fp8", 128),
+    ),
+    "AutoFP8": (dict(activation_scheme="static", ignored_layers=["lm_head"], quant_method="fp8"), "fp8", 1),
+    "FBGEMM": (
+        dict(activation_scale_ub=1200.0, modules_to_not_convert=["lm_head"], quant_method="fbgemm_fp8"),
+        *("fp8", 1),
+    ),
+    "W4A16": (of_compressed_tensors("pack-quantized", None, W4A16), "compressed-tensors", 128),
+    "W8A8": (
+        of_compressed_tensors("float-quantized", DYNAMIC_INPUTS, dict(num_bits=8, type="float", strategy="channel")),
+        *("compressed-tensors", 1),
+    ),
+    "bitsandbytes": (
+        dict(
+            _load_in_4bit=True, _load_in_8bit=False, load_in_4bit=True, load_in_8bit=False, quant_method="bitsandbytes"
+        )
+        | dict(bnb_4bit_compute_dtype="bfloat16", bnb_4bit_quant_storage="uint8", bnb_4bit_quant_type="nf4")
+        | dict(bnb_4bit_use_double_quant=True, llm_int8_has_fp16_weight=False, llm_int8_threshold=6.0),
+        *("bitsandbytes-nf4", 64),
+    ),
+}
+"""As tools write them, with the name and the columns that belong together."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_what_tools_write_is_understood(name):
+    values, called, unit = RELEASED[name]
+    found = read(values)
+    assert found is not None
+    assert (found.name, found.unit) == (called, unit)
+    assert bool(found.notes) == (name in ("fine-grained fp8", "AutoFP8", "FBGEMM", "W8A8"))
+
+
 BAD: list[Any] = [
     *(None, True, False, 0, -1, 3, 7, 0.5, math.nan, 10**12, 10**400),
     *("", "64", "x" * 10_000, [], [0], [None], [128, 128], {}, {"a": {}}),
@@ -319,8 +389,12 @@ def test_a_tensor_of_another_format_is_left_over(folders):
         ("gptq", GPTQ | dict(group_size=64), r"scales has shape \[2, 64\], but config.json asks for \[1, 64\]"),
         ("gptq", GPTQ | dict(bits=8), r"qweight has shape \[8, 64\], but config.json asks for \[16, 64\]"),
         ("gptq", AWQ, r"qweight has shape \[8, 64\], but config.json asks for \[64, 8\]"),
-        ("gptq", FP8, r"q_proj.weight is missing"),
-        ("gptq", None, r"q_proj.weight is missing"),
+        (
+            "gptq",
+            FP8,
+            r"q_proj.weight is missing; there is .*q_proj.qweight in its place, of which the quantization_config",
+        ),
+        ("gptq", None, r"q_proj.weight is missing; there is .*q_proj.qweight in its place"),
         ("fp8", FP8 | dict(weight_block_size=[128, 128]), r"weight_scale_inv has shape \[3, 2\]"),
         ("packed", INT8, r"q_proj.*weight_scale has shape|q_proj.weight is missing"),
         ("nf4", NF4 | dict(bnb_4bit_quant_type="fp4"), r"bitsandbytes__fp4 is missing"),
