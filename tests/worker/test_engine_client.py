@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -172,6 +173,21 @@ async def test_the_engine_dies_with_its_agent(tmp_path: Path) -> None:
         assert process_state(engine) != "Z"
         parent.kill()
     await eventually(lambda: not Path(f"/proc/{engine}").exists() or process_state(engine) == "Z", what="its end")
+
+
+BUSY_THREADS = "import os, time; os.register_at_fork(after_in_child=lambda: time.sleep(60))"
+"""As if a thread of a download held a lock that a copy of this process would wait for."""
+
+
+def test_an_engine_starts_beside_threads_that_hold_locks(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    command = [sys.executable, "-c", BUSY_THREADS + PARENT, str(model)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        selector = select.select([parent.stdout], [], [], 20)[0]
+        line = parent.stdout.readline() if selector else "nothing"
+        parent.kill()
+    assert line.strip().isdigit(), line
 
 
 def test_settings_travel_without_secrets() -> None:
