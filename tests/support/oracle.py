@@ -30,10 +30,15 @@ def prompt_ids(text: str) -> list[int]:
     return [int(token) for token in tokenizer(text)["input_ids"]]
 
 
-def greedy_ids(ids: list[int], max_new_tokens: int) -> list[int]:
+def base() -> Any:
+    """transformers' demo model, which nobody may change."""
+    return _loaded()[1]
+
+
+def greedy_ids(ids: list[int], max_new_tokens: int, model: Any = None) -> list[int]:
     import torch
 
-    _, model = _loaded()
+    model = model or base()
     with torch.inference_mode():
         output = model.generate(
             torch.tensor([ids]),
@@ -50,12 +55,13 @@ def text_of(ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def greedy_chat(text: str, max_new_tokens: int) -> str:
-    return text_of(greedy_ids(chat_ids([{"role": "user", "content": text}]), max_new_tokens))
+def greedy_chat(text: str, max_new_tokens: int, model: Any = None) -> str:
+    """`model` is another one than the demo model itself."""
+    return text_of(greedy_ids(chat_ids([{"role": "user", "content": text}]), max_new_tokens, model))
 
 
-def greedy_completion(text: str, max_new_tokens: int) -> str:
-    return text_of(greedy_ids(prompt_ids(text), max_new_tokens))
+def greedy_completion(text: str, max_new_tokens: int, model: Any = None) -> str:
+    return text_of(greedy_ids(prompt_ids(text), max_new_tokens, model))
 
 
 @lru_cache(maxsize=1)
