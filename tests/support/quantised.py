@@ -97,7 +97,13 @@ def packed(values: Array, num_bits: int, order: tuple[int, ...] | None = None) -
 
 
 def gptq(
-    num_bits: int = 4, group_size: int = 16, *, has_order: bool = False, is_v2: bool = False, **config: Any
+    num_bits: int = 4,
+    group_size: int = 16,
+    *,
+    has_order: bool = False,
+    is_v2: bool = False,
+    is_symmetric: bool = False,
+    **config: Any,
 ) -> Format:
     def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
         num_columns = weight.shape[1]
@@ -105,6 +111,7 @@ def gptq(
         if has_order:
             groups = np.random.default_rng(num_columns).permutation(groups)
         codes, zeros, scales = rounded(weight, groups, num_bits)
+        zeros = np.full_like(zeros, 1 << num_bits - 1) if is_symmetric else zeros
         return {
             ".qweight": packed(codes, num_bits).T,
             ".qzeros": packed((zeros if is_v2 else zeros - 1).T, num_bits),
@@ -112,7 +119,7 @@ def gptq(
             ".g_idx": groups.astype(np.int32),
         }, numbers_of(codes, zeros, scales, groups)
 
-    named = dict(bits=num_bits, group_size=group_size, desc_act=has_order, sym=False, quant_method="gptq")
+    named = dict(bits=num_bits, group_size=group_size, desc_act=has_order, sym=is_symmetric, quant_method="gptq")
     return Format(named | dict(checkpoint_format="gptq_v2" if is_v2 else "gptq") | config, write)
 
 
@@ -134,23 +141,31 @@ def awq(group_size: int = 16, **config: Any) -> Format:
     return Format(named | config, write)
 
 
-def in_float8(weight: Array, height: int, width: int) -> tuple[Tensor, Array, Array]:
+def in_float8(
+    weight: Array, height: int, width: int, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Array, Array]:
     """Codes, a scale for each block of so many rows and columns, and the numbers."""
     blocks = np.arange(weight.shape[0])[:, None] // height, np.arange(weight.shape[1])[None] // width
     scales = np.zeros((blocks[0].max() + 1, blocks[1].max() + 1), np.float32)
-    np.maximum.at(scales, np.broadcast_arrays(*blocks), np.abs(weight) / 448)
-    codes = torch.from_numpy(weight / scales[blocks]).to(torch.float8_e4m3fn)
+    np.maximum.at(scales, np.broadcast_arrays(*blocks), np.abs(weight) / torch.finfo(dtype).max)
+    codes = torch.from_numpy(weight / scales[blocks]).to(dtype)
     return codes, scales, codes.double().numpy() * scales[blocks]
 
 
 def fp8(
-    block: tuple[int, int] | None = None, *, has_scale_of_rows: bool = False, method: str = "fp8", **config: Any
+    block: tuple[int, int] | None = None,
+    *,
+    has_scale_of_rows: bool = False,
+    method: str = "fp8",
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    **config: Any,
 ) -> Format:
     """With a `block` as in DeepSeek's files, else as in those of AutoFP8 or, with scales of rows, FBGEMM."""
 
     def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
         num_rows, num_columns = weight.shape
-        codes, scales, numbers = in_float8(weight, *(block or (1 if has_scale_of_rows else num_rows, num_columns)))
+        size = block or (1 if has_scale_of_rows else num_rows, num_columns)
+        codes, scales, numbers = in_float8(weight, *size, dtype)
         if block:
             return {".weight": codes, ".weight_scale_inv": scales}, numbers
         stored = scales if has_scale_of_rows else scales[0, 0]
@@ -199,9 +214,14 @@ NF4 = (
     *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
+TABLES = {
+    "nf4": NF4,
+    "fp4": [sign * number for sign in (1, -1) for number in (0, 0.0052083333, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4)],
+}
+
 
 def bitsandbytes(kind: str = "nf4", *, block: int = 64, nested_block: int = 4, is_nested: bool = False) -> Format:
-    """`kind` nf4, or int8."""
+    """`kind` is nf4, fp4 or int8."""
 
     def write(weight: Array) -> tuple[dict[str, Array | Tensor], Array]:
         if kind == "int8":
@@ -214,7 +234,7 @@ def bitsandbytes(kind: str = "nf4", *, block: int = 64, nested_block: int = 4, i
         largest = np.zeros(blocks.max() + 1, np.float32)
         np.maximum.at(largest, blocks, np.abs(flat))
         tensors, largest = _nested(largest) if is_nested else ({".weight.absmax": largest}, largest)
-        table = np.array(NF4, np.float32)
+        table = np.array(TABLES[kind], np.float32)
         codes = np.abs(flat[:, None] / largest[blocks][:, None] - table).argmin(1)
         state = dict(quant_type=kind, blocksize=block, dtype="float32", shape=list(weight.shape))
         state |= dict(nested_blocksize=nested_block, nested_dtype="float32", nested_offset=0.25) if is_nested else {}
@@ -235,4 +255,6 @@ def bitsandbytes(kind: str = "nf4", *, block: int = 64, nested_block: int = 4, i
         return tensors | {".weight.absmax": codes.astype(np.uint8)}, table[codes] * factors[blocks] + np.float32(0.25)
 
     bits = dict(load_in_4bit=kind != "int8", load_in_8bit=kind == "int8")
-    return Format(bits | dict(quant_method="bitsandbytes", bnb_4bit_quant_type="nf4"), write)
+    return Format(
+        bits | dict(quant_method="bitsandbytes", bnb_4bit_quant_type="nf4" if kind == "int8" else kind), write
+    )

@@ -88,8 +88,11 @@ class Checkpoint:
 
     def whole(self, name: str) -> Tensor:
         path, entry = self._place(name)
-        if _num_bytes(entry) > MAX_WHOLE_BYTES:
-            raise ConfigurationError(f"{self._folder}: tensor {name} must have {MAX_WHOLE_BYTES} bytes at most")
+        if entry["dtype"] not in STORED_DTYPES | CODE_DTYPES or _num_bytes(entry) > MAX_WHOLE_BYTES:
+            raise ConfigurationError(
+                f"{self._folder}: tensor {name} must be small and of a known type, not {_num_bytes(entry)} bytes of "
+                f"{entry['dtype']}"
+            )
         result: Tensor = self._open(path).get_tensor(name)
         self._left.discard(name)
         return result

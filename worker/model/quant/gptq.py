@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
@@ -62,10 +63,12 @@ class Gptq:
         size = own.group_size or num_columns
         count = num_groups(num_columns, size)
         grouped = Part((num_rows, count), part.rows, range(count), is_transposed=True)
+        codes = read_along_columns(source, module + ".qweight", replace(part, is_transposed=True), own.num_bits)
+        is_signed = own.num_bits == 8 and count == 1 and own._is_around_128(source, module + ".qzeros")
         return QuantisedMatrix(
-            codes=read_along_columns(source, module + ".qweight", replace(part, is_transposed=True), own.num_bits),
+            codes=(codes ^ 128).view(torch.int8) if is_signed else codes,
             scale=read(source, module + ".scales", grouped),
-            zero=own._zeros(source, module + ".qzeros", grouped),
+            zero=None if is_signed else own._zeros(source, module + ".qzeros", grouped),
             groups=read_groups(source, module + ".g_idx", num_columns, columns, size, has_order=self.has_order),
             num_bits=own.num_bits,
         )
@@ -75,7 +78,7 @@ class Gptq:
         if not packed or not scales:
             return self
         num_bits = next((bits for bits in NUM_BITS if packed[0] * WORD_BITS == num_columns * bits), None)
-        if num_bits is None or num_columns % scales[0]:
+        if num_bits is None or scales[0] < 1 or num_columns % scales[0]:
             raise ConfigurationError(
                 f"tensors {module}.qweight {list(packed)} and .scales {list(scales)} are no {num_columns} columns of "
                 f"{', '.join(map(str, NUM_BITS))} bits in groups of one size"
@@ -85,6 +88,14 @@ class Gptq:
     def _zeros(self, source: TensorSource, name: str, grouped: Part) -> Tensor:
         change = None if self.is_v2 else self._plus_one
         return read_along_rows(source, name, grouped, self.num_bits, change=change).float()
+
+    def _is_around_128(self, source: TensorSource, name: str) -> bool:
+        """Whether all zeros are half of the range, which then are integers with a sign and have a fast product."""
+        stored = source.whole(name)
+        if stored is None or stored.dtype is not torch.int32:
+            return stored is None
+        words = stored if self.is_v2 else self._plus_one(stored)
+        return bool((words.view(torch.uint8) == 128).all())
 
     def _plus_one(self, words: Tensor) -> Tensor:
         """Every code of every word, and the carry of a full one into the next: what writers take off whole words."""

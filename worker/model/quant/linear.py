@@ -77,15 +77,9 @@ class Int8Linear:
 
 
 def _as_int8(matrix: QuantisedMatrix) -> Tensor | None:
-    """Codes with a sign and without a zero, if the matrix is of that kind."""
-    if matrix.num_bits != 8 or matrix.table is not None or matrix.scale.shape[1] != 1:
-        return None
-    if matrix.codes.dtype is torch.int8 and matrix.zero is None:
-        return matrix.codes
-    is_centred = matrix.codes.dtype is torch.uint8 and matrix.zero is not None
-    if is_centred and bool((matrix.zero == 128).all()):  # type: ignore[union-attr]
-        return (matrix.codes ^ 128).view(torch.int8)
-    return None
+    """Codes with a sign, of a matrix without zeros and groups."""
+    is_plain = matrix.table is None and matrix.zero is None and matrix.scale.shape[1] == 1
+    return matrix.codes if is_plain and matrix.codes.dtype is torch.int8 else None
 
 
 # Four bits, a scale and a zero for a group of a row.

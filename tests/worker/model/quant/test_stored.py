@@ -105,6 +105,7 @@ CASES = {
     "gptq_order": Case(quantised.gptq(4, 32, has_order=True), FAST_AND_SLOW, {"order ignored": NEIGHBOURS}),
     "gptq_2_bits": Case(quantised.gptq(2, 16), {CodedLinear}, width=80),
     "gptq_8_bits": Case(quantised.gptq(8, -1), {CodedLinear}),
+    "gptq_8_bits_around_128": Case(quantised.gptq(8, -1, is_symmetric=True), {Int8Linear}),
     "awq": Case(
         quantised.awq(32),
         FAST_AND_SLOW,
@@ -118,6 +119,7 @@ CASES = {
     "awq_rows": Case(quantised.awq(-1), {Int4Linear, CodedLinear}),
     "fp8": Case(quantised.fp8(), {CodedLinear}),
     "fp8_rows": Case(quantised.fp8(has_scale_of_rows=True, method="fbgemm_fp8"), {CodedLinear}),
+    "fp8_e5m2": Case(quantised.fp8(dtype=torch.float8_e5m2, fmt="e5m2"), {CodedLinear}),
     "fp8_blocks": Case(
         quantised.fp8((24, 48)),
         {CodedLinear},
@@ -169,6 +171,7 @@ CASES = {
             "blocks backwards": each(".absmax", backwards(0)),
         },
     ),
+    "fp4": Case(quantised.bitsandbytes("fp4"), {CodedLinear}),
     "nf4_nested": Case(
         quantised.bitsandbytes(is_nested=True),
         {CodedLinear},
