@@ -22,7 +22,7 @@ def test_the_factor_on_embeddings_is_rounded_as_it_was_in_training(tmp_path):
     with torch.no_grad():
         table = reference.model.embed_tokens
         expected, unrounded = table(tokens), table.weight * WIDTH**0.5
-    assert torch.equal(decoder._embed(tokens, tokens), expected)
+    assert torch.equal(decoder.embed(tokens, tokens), expected)
     assert not torch.equal(unrounded, expected)
 
 
