@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/fleet", dependencies=[Depends(admin)])
 TENANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_LIST = 1000
 DEFAULT_LIST = 20
-ADAPTER_WAIT_S, ADAPTER_LOOK_S = 60.0, 0.2
+ADAPTER_WAIT_S, ADAPTER_LOOK_S = 60.0, 0.05
 UsedServices = Annotated[Services, Depends(services)]
 Body = Annotated[dict[str, Any], Depends(json_body)]
 
