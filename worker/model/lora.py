@@ -84,9 +84,27 @@ class LoraStep:
     shares: tuple[tuple[int, slice | Tensor], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring targets of equal width, numbers `first` to `end` of the layer: one product for all of them. `b`
+    [targets, slots * rank, width]."""
+
+    first: int
+    end: int
+    place: slice
+    b: Tensor
+
+    def rows(self, result: Tensor) -> Tensor:
+        """Its part of a result [t, out], [targets, t, width]."""
+        return result[:, self.place].view(len(result), len(self.b), -1).transpose(0, 1)
+
+
 @dataclass(slots=True, eq=False)
 class AdaptedLinear:
-    """`base` [..., in] -> [..., out], to whose result [t, out] the adapters of a step add their parts."""
+    """`base` [t, in] -> [t, out], to whose result the adapters of a step add their parts.
+
+    `_a` [targets, slots, rank, in] has the targets that adapters in slots change, in the order of their places.
+    """
 
     base: Linear
     num_in: int
@@ -94,7 +112,7 @@ class AdaptedLinear:
     _users: dict[Target, set[int]] = field(default_factory=dict)
     _targets: list[Target] = field(default_factory=list)
     _a: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
-    _b: list[Tensor] = field(default_factory=list)
+    _runs: list[Run] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +121,7 @@ class AdaptedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         result = self.base(x)
         step = self.slots.step
-        if step is not None and self._targets:
+        if step is not None and self._runs:
             if step.others is not None:
                 self._add_to_all(x, result, step.others)
             else:
@@ -111,23 +129,23 @@ class AdaptedLinear:
         return result
 
     def _add_to_all(self, x: Tensor, result: Tensor, others: Tensor) -> None:
-        inner = F.linear(x, self._a.view(-1, self.num_in)).view(len(x), len(self._b), -1)
+        inner = F.linear(x, self._a.view(-1, self.num_in)).view(len(x), len(self._targets), -1)
         # filled, not multiplied: what is not a number in one adapter stays with its own tokens
-        parts = inner.masked_fill_(others, 0.0).unbind(1)
-        for target, part, b in zip(self._targets, parts, self._b, strict=True):
-            result[:, target.place].addmm_(part, b)
+        inner = inner.masked_fill_(others, 0.0).transpose(0, 1)
+        for run in self._runs:
+            run.rows(result).baddbmm_(inner[run.first : run.end], run.b)
 
     def _add_by_slot(self, x: Tensor, result: Tensor, step: LoraStep) -> None:
-        rank = self._a.shape[2]
+        num_targets, _, rank, _ = self._a.shape
         for slot, tokens in step.shares:
             own = x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)
-            parts = torch.split(F.linear(own, self._a[:, slot].flatten(0, 1)), rank, 1)
-            for target, part, b in zip(self._targets, parts, self._b, strict=True):
-                rows = b[slot * rank : (slot + 1) * rank]
+            inner = F.linear(own, self._a[:, slot].flatten(0, 1)).view(len(own), num_targets, rank).transpose(0, 1)
+            for run in self._runs:
+                part, b = inner[run.first : run.end], run.b[:, slot * rank : (slot + 1) * rank]
                 if isinstance(tokens, slice):
-                    result[tokens, target.place].addmm_(part, rows)
+                    run.rows(result[tokens]).baddbmm_(part, b)
                 else:
-                    result[:, target.place].index_add_(0, tokens, part @ rows)
+                    result[:, run.place].index_add_(0, tokens, torch.bmm(part, b).transpose(0, 1).flatten(1))
 
     # What the slots hold.
 
@@ -139,18 +157,19 @@ class AdaptedLinear:
     def put(self, slot: int, targets: Sequence[Target], num_slots: int, rank: int) -> None:
         """Make room in `slot`, with zeros, for an adapter that changes `targets`."""
         self._users = self._users_with(slot, targets)
-        if [*self._users] != self._targets or self._a.shape[1:3] != (num_slots, rank):
-            self._rebuild(num_slots, rank)
+        wanted = sorted(self._users, key=lambda target: int(target.place.start))
+        if wanted != self._targets or self._a.shape[1:3] != (num_slots, rank):
+            self._rebuild(wanted, num_slots, rank)
         self._a[:, slot] = 0.0
-        for b in self._b:
-            b[slot * rank : (slot + 1) * rank] = 0.0
+        for run in self._runs:
+            run.b[:, slot * rank : (slot + 1) * rank] = 0.0
 
     def write(self, slot: int, change: Change) -> None:
         """`change` is for one of the targets of the last `put`."""
-        index = self._targets.index(change.target)
         first, num_rows = slot * self._a.shape[2], len(change.a)
-        self._a[index, slot, :num_rows] = change.target.part_of_a(change.a)
-        self._b[index][first : first + num_rows] = change.target.part_of_b(change.b).t()
+        self._a[self._targets.index(change.target), slot, :num_rows] = change.target.part_of_a(change.a)
+        b = self._b_of_targets()[change.target]
+        b[first : first + num_rows] = change.target.part_of_b(change.b).t()
 
     def _users_with(self, slot: int, targets: Sequence[Target]) -> dict[Target, set[int]]:
         kept = {target: slots - {slot} for target, slots in self._users.items()}
@@ -158,17 +177,46 @@ class AdaptedLinear:
             kept[target] = kept.get(target, set()) | {slot}
         return {target: slots for target, slots in kept.items() if slots}
 
-    def _rebuild(self, num_slots: int, rank: int) -> None:
+    def _b_of_targets(self) -> dict[Target, Tensor]:
+        """[slots * rank, width] of each."""
+        return dict(zip(self._targets, (b for run in self._runs for b in run.b), strict=True))
+
+    def _rebuild(self, targets: list[Target], num_slots: int, rank: int) -> None:
         """Other targets, more slots or another rank; what lies in the slots stays."""
-        old_a, old_b = dict(zip(self._targets, self._a, strict=True)), dict(zip(self._targets, self._b, strict=True))
-        self._targets, dtype = [*self._users], self.slots.dtype
-        self._a = torch.zeros((len(self._targets), num_slots, rank, self.num_in), dtype=dtype)
-        self._b = [torch.zeros((num_slots * rank, _size(target.place)), dtype=dtype) for target in self._targets]
-        for index, target in enumerate(self._targets):
+        old_a, old_b = dict(zip(self._targets, self._a, strict=True)), self._b_of_targets()
+        self._targets, dtype = targets, self.slots.dtype
+        self._a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype)
+        self._runs = _empty_runs(targets, num_slots * rank, dtype)
+        new_b = self._b_of_targets()
+        for target, new_a in zip(targets, self._a, strict=True):
             if target in old_a:
-                _copy_corner(old_a[target], self._a[index])
+                _copy_corner(old_a[target], new_a)
                 old = old_b[target].view(*old_a[target].shape[:2], -1)
-                _copy_corner(old, self._b[index].view(num_slots, rank, -1))
+                _copy_corner(old, new_b[target].view(num_slots, rank, -1))
+
+
+def _empty_runs(targets: Sequence[Target], num_rows: int, dtype: torch.dtype) -> list[Run]:
+    runs: list[Run] = []
+    for own in _neighbours(targets):
+        first, width = runs[-1].end if runs else 0, _size(own[0].place)
+        place = slice(own[0].place.start, own[-1].place.stop)
+        runs.append(Run(first, first + len(own), place, torch.zeros((len(own), num_rows, width), dtype=dtype)))
+    return runs
+
+
+def _neighbours(targets: Sequence[Target]) -> list[list[Target]]:
+    """Those that follow upon each other and are equally wide together."""
+    groups: list[list[Target]] = []
+    for target in targets:
+        if groups and _is_next(groups[-1][-1].place, target.place):
+            groups[-1].append(target)
+        else:
+            groups.append([target])
+    return groups
+
+
+def _is_next(one: slice, other: slice) -> bool:
+    return bool(one.stop == other.start) and _size(one) == _size(other)
 
 
 def _size(place: slice) -> int:

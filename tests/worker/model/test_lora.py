@@ -24,6 +24,7 @@ from worker.model.families import read_spec
 from worker.model.lora import Change, LoraSlots, LoraStep, Target
 from worker.model.peft import read_adapter
 from worker.model.quant.choice import MADE
+from worker.model.weights import num_bytes_of
 from worker.parallel.group import Alone, Group
 
 TOLERANCE = 2e-5
@@ -89,7 +90,8 @@ def load(
     case: Case, group: Group | None = None, order: tuple[int, ...] = (0, 1, 2), **options
 ) -> tuple[Decoder, LoraSlots]:
     """The model with the adapters in slots in this order."""
-    slots = LoraSlots(read_spec(read_config(case.folder))[1], torch.float32)
+    dtype = options.setdefault("dtype", torch.float32)
+    slots = LoraSlots(read_spec(read_config(case.folder))[1], dtype)
     decoder = load_decoder(case.folder, group=group or Alone(), adapters=slots, **options)
     for slot, number in enumerate(order):
         put(slots, slot, case.adapters[number])
@@ -211,6 +213,16 @@ def test_columns_of_another_rank_show(cases, monkeypatch):
     assert relative_error(split_logits(case, 2), case.expected) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_stay_within_their_error_bar(cases, way, dtype):
+    case = cases("qwen3_biases_tied")
+    logits, steps = run(*load(case, dtype=dtype), case)
+    assert logits[0].dtype is dtype and len(steps) >= 5
+    bar = 20 * torch.finfo(dtype).eps
+    assert relative_error(logits, case.expected) <= bar
+    assert relative_error(run(*load(case, order=(1, 0, 2), dtype=dtype), case)[0], case.expected) > bar
+
+
 # Few bits below.
 
 
@@ -275,10 +287,8 @@ def test_growth_is_what_the_slots_then_take(cases):
         stored = read_adapter(case.adapters[number], slots.targets, MAX_RANK)
         growth = slots.growth(slot, stored.rank, stored.targets)
         put(slots, slot, case.adapters[number])
-        before, taken = (
-            taken,
-            sum(tensor.numel() * tensor.itemsize for layer in slots._layers for tensor in (layer._a, *layer._b)),
-        )
+        before, tensors = taken, [each for layer in slots._layers for each in (layer._a, *(r.b for r in layer._runs))]
+        taken = num_bytes_of(*tensors)
         assert growth == taken - before > 0
 
 
