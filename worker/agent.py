@@ -256,7 +256,7 @@ class Agent:
         self.metrics.engine_deaths.inc()
         self._adapters.on_engine_lost()
         self._is_engine_lost = self._is_serving.is_set()
-        self._stats["waiting"] = 0
+        self._stats["waiting"] = self._stats["waiting_for_slot"] = 0
         self._news.set()
 
     def _send(self, message: Message) -> None:
@@ -642,7 +642,9 @@ class Agent:
         is_able = self._engine.is_ready and not self._is_engine_lost
         if not is_able or self._is_draining or self._identity is not Identity.KNOWN:
             return 0
-        return self._credit.room([held.lengths for held in self._jobs.running], int(self._stats.get("waiting", 0)))
+        # who waits for a slot for its adapter holds up nobody else
+        num_waiting = int(self._stats.get("waiting", 0) - self._stats.get("waiting_for_slot", 0))
+        return self._credit.room([held.lengths for held in self._jobs.running], num_waiting)
 
     async def _take(self, room: int) -> list[Taken] | None:
         """One take; a lost reply is asked for again under the same number. None if it failed: the bell that led here

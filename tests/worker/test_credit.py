@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+from worker.agent import Agent, Identity
 from worker.credit import FIRST_EXPECTED_OUTPUT, NUM_REMEMBERED, NUM_WAITING, Credit
 
 
@@ -20,6 +23,21 @@ def test_a_queue_inside_the_engine_stops_the_intake() -> None:
     credit = Credit(max_num_seqs=256, kv_tokens=10**6)
     assert credit.room([(10, 0, 10)] * 8, NUM_WAITING) == 0
     assert credit.room([(10, 0, 10)] * 8, 0) > 0
+
+
+def test_who_waits_for_a_slot_in_the_engine_does_not_stop_the_intake() -> None:
+    agent = SimpleNamespace(
+        _engine=SimpleNamespace(is_ready=True),
+        _is_engine_lost=False,
+        _is_draining=False,
+        _identity=Identity.KNOWN,
+        _jobs=SimpleNamespace(running=[SimpleNamespace(lengths=(10, 0, 10))] * 8),
+        _credit=Credit(max_num_seqs=12, kv_tokens=10**6),
+        _stats={"waiting": 5, "waiting_for_slot": 5},
+    )
+    assert Agent._room(agent) == 4  # type: ignore[arg-type]
+    agent._stats["waiting_for_slot"] = 5 - NUM_WAITING
+    assert Agent._room(agent) == 0  # type: ignore[arg-type]
 
 
 def test_a_full_memory_leaves_only_the_spare() -> None:

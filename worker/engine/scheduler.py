@@ -115,10 +115,16 @@ class Scheduler:
         gauges = {
             "running": len(self.running),
             "waiting": len(self.waiting),
+            "waiting_for_slot": self._num_waiting_for_slot,
             "blocks_free": self.pool.num_free,
             "blocks_total": self.pool.num_blocks,
         }
         return self.stats.counters() | gauges
+
+    @property
+    def _num_waiting_for_slot(self) -> int:
+        entrance = Entrance(self.slots)
+        return sum(not entrance.may_pass(request.adapter_digest) for request in self.waiting)
 
     # What comes from outside.
 

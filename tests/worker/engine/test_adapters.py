@@ -175,7 +175,13 @@ def test_who_waits_for_a_slot_does_not_hold_up_others_however_many_wait() -> Non
         bench.add(f"w{number}", [11], adapter=adapter(2))
     bench.add("base", [12])
     assert ids_of(bench.step()) == ["a", "base"]
-    assert len(bench.scheduler.waiting) == 40
+    stats = bench.scheduler.snapshot()
+    assert (stats["waiting"], stats["waiting_for_slot"]) == (40, 40)
+    for name in "bcdef":
+        bench.add(name, [13])
+    bench.step()
+    stats = bench.scheduler.snapshot()
+    assert (stats["waiting"], stats["waiting_for_slot"]) == (41, 40), "one waits for a row"
 
 
 def test_a_slot_is_free_when_the_last_step_that_names_it_is_applied() -> None:

@@ -25,7 +25,7 @@ NUM_REQUESTS = 500
 STATS = [
     *("steps", "batch_max", "preemptions", "prefix_hits", "prefix_hit_tokens", "chunked_prompts", "prefill_tokens"),
     *("decode_tokens", "encoder_passes", "encoder_tokens"),
-    *("running", "waiting", "blocks_free", "blocks_total", "step_ms"),
+    *("running", "waiting", "waiting_for_slot", "blocks_free", "blocks_total", "step_ms"),
 ]
 
 
