@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from common.card import ANY_MODEL
+
 MAX_NAME, MAX_SOURCE, MAX_ADAPTERS = 96, 1024, 1024
 """Characters of a name (a hub id has no more) and of a source; adapters of a lane."""
 
@@ -18,6 +20,8 @@ def check_name(name: str) -> None:
     """Raises ValueError unless an adapter may be called so."""
     if not NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise ValueError(f"an adapter's name is 1 to {MAX_NAME} of [A-Za-z0-9._-], in parts divided by /")
+    if name in ANY_MODEL:
+        raise ValueError(f"{name!r} means any model that is served; give the adapter another name")
 
 
 def check_source(source: str) -> None:

@@ -11,6 +11,8 @@ from common import wire
 from common.errors import WireError
 
 LANE_LENGTH = 6
+ANY_MODEL = frozenset({"tgi", "dummy", ""})
+"""Names sent by clients that cannot know what is served: they mean the only model there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

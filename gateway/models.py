@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.background import end
-from common.card import ModelCard
+from common.card import ANY_MODEL, ModelCard
 from common.errors import ConfigurationError, NotFound, StoreError, TemplateError, Unavailable, WireError
 from common.job import Adapter
 from common.store.replies import AdapterEntry
@@ -20,8 +20,6 @@ from common.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-ANY_MODEL = frozenset({"tgi", "dummy", ""})
-"""Names sent by clients that cannot know what is served: they mean the only model there is."""
 REFRESH_S = 1.0
 LOOKS_PER_REFRESH = 10
 RETRY_AFTER_S = 5.0

@@ -24,7 +24,7 @@ from gateway.formats.fields import Fields
 from gateway.formats.jobs import job_object
 from gateway.formats.openai import refuse_unread
 from gateway.hub import unknown_job
-from gateway.models import ANY_MODEL, ServedModel, listed
+from gateway.models import ServedModel, listed
 
 router = APIRouter(prefix="/v1/fleet", dependencies=[Depends(admin)])
 TENANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -192,7 +192,7 @@ async def _wanted_adapter(services: Services, body: dict[str, Any]) -> tuple[Ser
             raise ValidationError(str(error), param=param) from None
     served = await services.registry.find(model)
     name = values["name"]
-    if name in ANY_MODEL or any(name in other.names for other in services.registry.models.values()):
+    if any(name in other.names for other in services.registry.models.values()):
         raise ValidationError(f"{name!r} is the name of a model; give the adapter another one", param="name")
     return served, name, values["source"]
 

@@ -43,6 +43,7 @@ def test_sources_that_are_no_place_are_refused(source: str) -> None:
         (["word"], "'word' is neither name=folder nor"),
         (["a=/x", "a=/y"], "'a' is given twice"),
         (["=/x"], "an adapter's name is"),
+        (["tgi=/x"], "'tgi' means any model that is served; give the adapter another name"),
         (["a="], "an adapter's source is"),
         ([f"n{i}=/x" for i in range(MAX_ADAPTERS + 1)], "at most 1024 adapters"),
     ],
