@@ -100,6 +100,8 @@ def _key(gateway: Gateway, options: argparse.Namespace) -> Any:
 def _adapter(gateway: Gateway, options: argparse.Namespace) -> Any:
     name, source = options.name, options.source
     if options.action == "list":
+        if name or options.model is not None:
+            raise ConfigurationError("adapter list shows those of all models; it needs no name")
         return gateway.call("GET", "/adapters")
     if not name or bool(source) != (options.action == "load"):
         needs = "a name and a source" if options.action == "load" else "a name and nothing else"

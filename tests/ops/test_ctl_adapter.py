@@ -80,6 +80,8 @@ async def test_refusals_are_one_sentence(gateway: LiveGateway, worker: ScriptedW
     assert await problem("unload", "fr") == "no adapter 'fr' of demo; adapters here: none"
     assert await problem("load", "fr") == "adapter load needs a name and a source"
     assert await problem("unload") == "adapter unload needs a name and nothing else"
+    for ignored in (("fr",), ("--model", "demo")):
+        assert await problem("list", *ignored) == "adapter list shows those of all models; it needs no name"
     assert (
         await problem("load", "fr", "/x", "--model", "gpt") == "unknown model 'gpt'; served here: demo, alias/of-demo"
     )
