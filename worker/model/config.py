@@ -344,6 +344,8 @@ def read_object(path: Path, why_missing: str) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no model's config is")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        # half a character, as JSON can spell it, could not be named in any message
+        json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -184,6 +184,7 @@ def test_configs_that_mean_something_else_are_refused_by_name(folder, read, fiel
         ("[1", "is not valid JSON"),
         ("[" * 10_000, "is not valid JSON"),
         (f'{{"r": {"9" * 5000}}}', "is not valid JSON"),
+        ('{"\\ud800": 1}', "is not valid JSON"),
         ("[]", "must hold a JSON object"),
         ("{}", "r must be an integer"),
         (" " * 5_000_000, "is larger than"),
