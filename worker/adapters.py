@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.adapters import MAX_SOURCE
 from common.background import end
 from common.errors import ConfigurationError
 from common.settings import WorkerSettings
@@ -51,13 +52,15 @@ def local_place(source: str, on_progress: ProgressFunction) -> Place | None:
     """The place of a local folder, None when `source` can only be a hub id.
 
     Raises:
-        ConfigurationError: there is no such folder, or nobody here may look at it.
+        ConfigurationError: there is no such folder, or none whose full name may stand in a job.
     """
-    try:
-        folder = local_folder(source, "its source")
-    except (OSError, RuntimeError) as error:
-        raise ConfigurationError(f"{source} cannot be read: {error}") from error
-    return None if folder is None else Place(folder.absolute(), str(folder.absolute()))
+    folder = local_folder(source, "its source")
+    if folder is None:
+        return None
+    place = str(folder.absolute())
+    if not place.isprintable() or len(place) > MAX_SOURCE:
+        raise ConfigurationError(f"{source} is in {place[:MAX_SOURCE]!r}, which must be printable and shorter")
+    return Place(folder.absolute(), place)
 
 
 def hub_place(source: str, cache: str | None, on_progress: ProgressFunction) -> Place:
@@ -89,11 +92,17 @@ class Places:
         return await asyncio.shield(task)
 
     async def _find(self, source: str) -> Place:
-        place = await self._search(partial(local_place, source))
-        if place is not None:
-            return place
-        async with self._slots:
-            return await self._search(partial(hub_place, source, self._cache))
+        try:
+            place = await self._search(partial(local_place, source))
+            if place is not None:
+                return place
+            async with self._slots:
+                return await self._search(partial(hub_place, source, self._cache))
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            # whatever disks and caches come up with, it must not end the worker, nor leave a job without an answer
+            raise ConfigurationError(f"{source} cannot be read: {error}") from error
 
     async def _search(self, find: Callable[[ProgressFunction], Found]) -> Found:
         search = Search(find)
@@ -139,6 +148,7 @@ class Adapters:
         self._send, self._fail, self._wake = send, fail, wake
         self._places = Places(settings.huggingface_hub_cache)
         self._own: dict[str, Place] = {}
+        self._own_sources: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         self._questions: dict[CheckAdapter, _Question] = {}
         self._looks: dict[str, asyncio.Task[AdapterFinding]] = {}
@@ -174,6 +184,7 @@ class Adapters:
             found = await self._ask(name, place)
             if found.error:
                 raise ConfigurationError(f"--lora-adapters: {found.error}")
+            self._own_sources[found.digest] = found.place
             self.brought.append(Brought(name, self._sources[name], found))
 
     # --- of the lane ------------------------------------------------------------------------------------------------
@@ -246,9 +257,9 @@ class Adapters:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     @property
-    def num_waiting(self) -> int:
+    def waiting(self) -> Collection[str]:
         """Requests that the engine does not have yet, because their adapter is searched for."""
-        return len(self._waiting)
+        return self._waiting.keys()
 
     def placed(self, submit: Submit) -> Submit | None:
         """The request with its adapter's folder; None when that is searched for first, and the request sent then."""
@@ -262,8 +273,10 @@ class Adapters:
 
     async def _place(self, submit: Submit) -> None:
         assert submit.adapter is not None
+        # what is on our command line may lie elsewhere than on the worker that registered it
+        source = self._own_sources.get(submit.adapter.digest, submit.adapter.source)
         try:
-            place = await self._places.find(submit.adapter.source)
+            place = await self._places.find(source)
         except ConfigurationError as error:
             self._waiting.pop(submit.request_id)
             self._fail(submit, f"adapter {submit.adapter.name}: {error}")

@@ -278,7 +278,7 @@ class Agent:
     @property
     def _num_computing(self) -> int:
         """Jobs that the engine has."""
-        return len(self._jobs.running) - self._adapters.num_waiting
+        return len(self._jobs.running) - len(self._adapters.waiting)
 
     def _on_no_adapter(self, submit: Submit, problem: str) -> None:
         self._jobs.fail(submit.request_id, submit.epoch, "adapter_error", problem)
@@ -466,17 +466,17 @@ class Agent:
                 name, source, found = brought.name, brought.source, brought.found
                 await self._fleet.put_adapter(self._card.lane, name, source, worker_id=self.worker_id, found=found)
                 return
-            except Conflict as error:
+            except (Conflict, ValidationError) as error:
                 if self._store.incarnation:
                     logger.warning("%s", error)
                     return
+                if isinstance(error, ValidationError):
+                    raise ConfigurationError(error.message) from error
                 if self._clock() > limit:
                     raise ConfigurationError(
                         f"adapter {brought.name} has other weights on workers that serve it now: "
                         "give this one another name, or stop them first"
                     ) from error
-            except ValidationError as error:
-                raise ConfigurationError(error.message) from error
             await asyncio.sleep(self._settings.lease / BEATS_PER_LEASE)
 
     async def _settle_adapters(self) -> None:
@@ -584,9 +584,9 @@ class Agent:
     # --- giving jobs back -------------------------------------------------------------------------------------------
 
     def _lose_engine(self) -> None:
-        """The engine's jobs go back with the attempt counted, after what it gave has gone out."""
+        """All jobs go back after what the engine gave has gone out, those that it had with the attempt counted."""
         self._is_engine_lost = False
-        self._to_release |= dict.fromkeys(self._jobs.unended(), True)
+        self._to_release |= {job: job[0] not in self._adapters.waiting for job in self._jobs.unended()}
         self._jobs.outbox.begin_engine()
 
     async def _advance_drain(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from common import keys
+from common.adapters import MAX_ADAPTERS
 from common.job import Adapter, Job, JobState
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
@@ -125,6 +127,21 @@ async def test_a_worker_whose_adapter_others_serve_with_other_weights_does_not_s
         assert entry.found.digest == digest_of(tmp_path / "fr"), "nobody serves the old ones any more"
 
 
+async def test_an_adapter_of_the_command_line_is_found_again_where_it_lies_here(redis_url: str, tmp_path: Path) -> None:
+    """Another worker has registered it from another folder, which jobs name; a job that fails is no reason to look
+    for it there."""
+    digest = write_adapter(tmp_path / "fr")
+    async with agent_on(redis_url, tmp_path, lora_adapters=[f"fr={tmp_path / 'fr'}"]) as running:
+        await serving(running)
+        follower, adapter = running.follower, Adapter("fr", "/on/another/machine", digest)
+        shutil.move(tmp_path / "fr", tmp_path / "kept")
+        record = await follower.end(await follower.submit(1, 20, adapter=adapter))
+        assert (record.state, record.error_code) == (JobState.FAILED, "engine_error")
+        shutil.move(tmp_path / "kept", tmp_path / "fr")
+        job = await follower.submit(2, 20, adapter=adapter)
+        await follower.assert_exact(job, expected(job))
+
+
 # ------------------------------------------------------------------ while it serves
 
 
@@ -168,6 +185,30 @@ async def test_what_does_not_fit_is_said_and_harms_nobody(running: Running, tmp_
     assert running.metric("worker_engine_deaths_total") == 0
 
 
+async def test_whatever_goes_wrong_in_a_search_is_said_and_ends_nobody(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr("worker.adapters.fetch", locked)
+    problem = "adapter fr: owner/fr cannot be read: [Errno 13] Permission denied: '/cache'"
+    assert (await load(running.follower, "fr", "owner/fr")).found.error == problem
+    job = await running.follower.submit(1, 20, adapter=Adapter("fr", "owner/fr", "0f" * 16))
+    record = await running.follower.end(job)
+    assert (record.error_code, record.error_message) == ("adapter_error", problem)
+    await running.follower.assert_exact(await running.follower.submit(2, 20))
+
+
+async def test_a_folder_whose_full_name_cannot_stand_in_a_job_is_refused(
+    running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "a\nb" / "fr")
+    monkeypatch.chdir(tmp_path / "a\nb")
+    entry = await load(running.follower, "fr", "fr")
+    assert entry.found.error.startswith("adapter fr: fr is in '/") and "\n" not in entry.found.error
+
+
 @pytest.mark.parametrize(("exits", "state"), [(1, "ready"), (9, "failed")])
 async def test_an_engine_that_dies_over_an_adapter_is_asked_once_more(
     running: Running, tmp_path: Path, exits: int, state: str
@@ -205,6 +246,24 @@ async def test_adapters_come_back_with_a_redis_that_forgot_them_and_not_after_a_
 
     await eventually(is_new, limit_s=10, what="the worker begins anew")
     assert await follower.fleet.adapters(follower.lane) == []
+
+
+async def test_a_worker_serves_on_when_there_is_no_room_for_what_redis_forgot(
+    running: Running, redis_server: ServerUnderTest, tmp_path: Path
+) -> None:
+    follower = running.follower
+    write_adapter(tmp_path / "fr")
+    await load(follower, "fr", tmp_path / "fr")
+    await eventually(lambda: running.agent._adapters.brought, what="the worker has seen that it is ready")
+    with redis_server.client() as client, client.pipeline(transaction=True) as pipe:
+        key = keys.adapters(follower.lane)
+        (packed,) = client.hvals(key)
+        pipe.delete(key, f"{keys.tag(follower.lane)}:w:w1")
+        pipe.hset(key, mapping={f"n{number}": packed for number in range(MAX_ADAPTERS)})
+        pipe.execute()
+    await eventually(lambda: running.metric("worker_reasserted_total"), limit_s=10, what="it begins anew")
+    await follower.assert_exact(await follower.submit(1, 20))
+    assert await follower.fleet.adapter(follower.lane, "fr") is None
 
 
 async def test_a_registration_that_nobody_told_this_worker_of_is_found(
@@ -268,6 +327,27 @@ async def test_jobs_that_wait_for_an_adapter_hold_up_nobody(hub: HubServer, redi
         another = await follower.submit(10, 20, adapter=adapter)
         await follower.assert_exact(another, expected(another))
         assert sum("/tree/" in path for path, _ in hub.requested) == num_listed, "it was looked for once"
+
+
+async def test_the_death_of_an_engine_is_not_charged_to_jobs_that_it_never_had(
+    hub: HubServer, redis_url: str, tmp_path: Path
+) -> None:
+    async with agent_on(redis_url, tmp_path) as running:
+        follower = running.follower
+        adapter = Adapter("fr", "owner/fr@main", digest_of(tmp_path / "of-hub"))
+        waiting = await follower.submit(8, 20, adapter=adapter)
+        await eventually(hub.is_holding.is_set, limit_s=10, what="the download stands still")
+        poison = await follower.submit(9, 20, prompt="!exit@0")
+        assert (await follower.end(poison)).error_code == "poison"
+        assert running.metric("worker_engine_deaths_total") == 3
+
+        async def is_back() -> bool:
+            record = await follower.jobs.record(waiting.job_id)
+            return record is not None and (record.state, record.epoch) == (JobState.IN_PROGRESS, 4)
+
+        await eventually(is_back, limit_s=10, what="it was given back and taken again three times")
+        hub.release.set()
+        await follower.assert_exact(waiting, expected(waiting))
 
 
 async def test_an_adapter_of_a_hub_is_the_same_on_every_worker(
