@@ -52,14 +52,6 @@ def read_pages(pages: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return gathered.to(dtype)
 
 
-def clean_pages(pages: Tensor, blocks: Tensor, dtype: torch.dtype) -> None:
-    """In `blocks` [n] of `pages`, make zero each head of a token that is not all numbers when read as `dtype`."""
-    as_bytes = pages.view(torch.uint8)
-    is_spoiled = ~read_pages(pages, blocks, dtype).isfinite().all(-1, keepdim=True)
-    held = as_bytes[blocks]
-    as_bytes[blocks] = held.masked_fill_(is_spoiled.view(*held.shape[:-1], 1), 0)
-
-
 def _multiples_and_scale(values: Tensor) -> Tensor:
     """Symmetric rounding to the nearest multiple: no number is off by more than half of the scale."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.attention import Batch
-from worker.attention.pages import clean_pages, page_width
+from worker.attention.pages import page_width
 from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
 from worker.model.lora import LoraSlots
@@ -88,8 +88,6 @@ class TorchDevice:
         output_indices = last_positions + 1 - self.rows.parameters["num_prompt"][rows]
         sampled = sample(self._logits, rows, output_indices, self.rows, self._vocabulary)
         self.rows.remember(rows, sampled.ids)
-        for index in sampled.errors:
-            self._clean(int(rows[index]), int(last_positions[index]) + 1)
         places = np.flatnonzero(plan.samples).tolist()
         errors = {places[index]: error for index, error in sampled.errors.items()} | {
             place: self._row_errors[row] for place, row in enumerate(plan.rows.tolist()) if row in self._row_errors
@@ -111,11 +109,23 @@ class TorchDevice:
         for row in [*plan.freed_rows.tolist(), *(init.row for init in plan.new_rows)]:
             self._row_errors.pop(row, None)
         self.rows.apply(plan)
+        self._clear_ends(plan)
         for init in plan.new_rows:
             if error := self._adapters.move_in(init):
                 self._row_errors[init.row] = error
             if isinstance(self._model, T5):
                 self._encode(self._model, init)
+
+    def _clear_ends(self, plan: StepPlan) -> None:
+        """Make zero those new pages of rows that the step does not fill: whole pages are read, and masking cannot hide
+        what others left there that is not a number."""
+        ends = np.zeros(len(self.rows.block_tables), np.int64)
+        ends[plan.rows] = plan.starts + plan.num_tokens
+        is_filled = (plan.block_offsets + 1) * self._block_size <= ends[plan.block_rows]
+        crosses = [init.cross_blocks[-1] for init in plan.new_rows if len(init.encoder_ids) % self._block_size]
+        blocks = np.array([*plan.block_ids[~is_filled], *crosses], np.int64)
+        if len(blocks):
+            self.pages.view(torch.uint8).index_fill_(2, torch.from_numpy(blocks), 0)
 
     def _encode(self, model: T5, init: RowInit) -> None:
         tokens = init.encoder_ids.astype(np.int64)
@@ -156,15 +166,6 @@ class TorchDevice:
 
     def _tables(self, tables: Ints, rows: Ints, lengths: Ints) -> Ints:
         return tables[rows, : -(-int(lengths.max()) // self._block_size)]
-
-    def _clean(self, row: int, length: int) -> None:
-        """Replace what is not a number in the pages of a failed row: whoever gets them next reads whole pages, and
-        masking cannot hide such values. Pages that others share hold only numbers and stay as they are."""
-        own = self.rows.block_tables[row, : -(-length // self._block_size)]
-        cross = self.rows.cross_tables[row, : -(-int(self.rows.cross_lengths[row]) // self._block_size)]
-        blocks: Tensor = torch.from_numpy(np.concatenate((own, cross)))
-        for pages in self.pages.flatten(0, 1):
-            clean_pages(pages, blocks, self._model.dtype)
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
