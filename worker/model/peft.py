@@ -26,8 +26,8 @@ DIGEST_LENGTH = 32
 MAX_NAMES = 2048
 """A bound on modules that are named one by one; the largest models have about a thousand."""
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-MODULE_NAME = re.compile(r"\^?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
-"""A module, or the end of its name. PEFT takes any regular expression, which may take for ever to match."""
+MODULE_NAME = re.compile(r"(?P<name>\^?[\w-]+(?:\\?\.[\w-]+)*)\$?")
+"""A module with ^, or the end of its name. PEFT takes any regular expression, which may take for ever to match."""
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 INNOCENT_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """What A and B may have been before training; other beginnings took something out of W, which others use here too."""
@@ -35,7 +35,7 @@ INNOCENT_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What adapter_config.json says of how tensors are to be read; `alphas` by module or end of its name."""
+    """What adapter_config.json says of how tensors are to be read; `alphas` by ^ and module, or end of its name."""
 
     ranks: frozenset[int]
     alpha: float
@@ -57,7 +57,7 @@ class LoraConfig:
 
 
 def _is_end(name: str, module: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+    return module == name.removeprefix("^") or module.endswith(f".{name}")
 
 
 def read_lora_config(values: Mapping[str, Any]) -> LoraConfig:
@@ -108,12 +108,13 @@ def _ranks(config: ConfigReader) -> list[int]:
 
 
 def _alphas(config: ConfigReader) -> dict[str, float]:
-    alphas = {}
+    alphas: dict[str, float] = {}
     for name, alpha in _pattern(config, "alpha_pattern").items():
         module = MODULE_NAME.fullmatch(name)
         if module is None:
             raise config.error(f"alpha_pattern {name!r:.60} must be a module's name or the end of one")
-        alphas[module["name"].replace("\\", "")] = ConfigReader({name: alpha}, f"{CONFIG}: alpha_pattern").number(name)
+        number = ConfigReader({name: alpha}, f"{CONFIG}: alpha_pattern").number(name)
+        alphas.setdefault(module["name"].replace("\\", ""), number)
     return alphas
 
 

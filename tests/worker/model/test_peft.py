@@ -117,6 +117,8 @@ def test_all_that_peft_writes_is_understood():
         (dict(lora_alpha=8, alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj$": 3}), 4, 0.75),
         (dict(lora_alpha=8, alpha_pattern={"0.self_attn.q_proj": 3}), 4, 0.75),
         (dict(lora_alpha=8, alpha_pattern={"_proj": 3, "attn.q_proj": 3}), 4, 2.0),
+        (dict(lora_alpha=8, alpha_pattern={"^q_proj": 3, "^layers.0.self_attn.q_proj": 5}), 4, 2.0),
+        (dict(lora_alpha=8, alpha_pattern={"q_proj": 3, "q_proj$": 5}), 4, 0.75),
     ],
 )
 def test_the_scale_is_that_of_the_config(fields, rank, scale):
