@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from worker.model.config import ConfigReader
 from worker.model.quant.matrix import QuantisedMatrix, neighbours
-from worker.model.quant.reading import num_groups, read, read_along_rows, read_group_size
+from worker.model.quant.reading import ignore_auto_round, num_groups, read, read_along_rows, read_group_size
 from worker.model.quant.scheme import Quantisation
 from worker.model.weights import Part, TensorSource
 
@@ -18,9 +18,10 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbours stands at each place of a word, the lowest bits being the first place."""
 NUM_BITS = 4
 HARMLESS_TEXT = """
-quant_method zero_point modules_to_not_convert do_fuse modules_to_fuse fuse_max_seq_len exllama_config backend desc_act
-act_group_aware batch_size block_name_to_quantize cache_block_outputs damp_percent dataset max_input_length meta
-model_seqlen module_name_preceding_first_block modules_in_block_to_quantize pad_token_id sym tokenizer true_sequential
+quant_method method zero_point modules_to_not_convert do_fuse modules_to_fuse fuse_max_seq_len exllama_config backend
+desc_act act_group_aware batch_size block_name_to_quantize cache_block_outputs damp_percent dataset dynamic lm_head
+max_input_length meta model_seqlen module_name_preceding_first_block modules_in_block_to_quantize pad_token_id sym
+tokenizer true_sequential
 """
 """How the file was made, and hints for others' kernels. What was not converted, and zeros, are in the tensors."""
 
@@ -55,6 +56,8 @@ class Awq:
 
 def awq(config: ConfigReader) -> Quantisation:
     config.ignore(*HARMLESS_TEXT.split())
+    config.require(pack_dtype="int32")
+    ignore_auto_round(config)
     config.rename(w_bit="bits", q_group_size="group_size")
     config.choice("bits", (NUM_BITS,), NUM_BITS)
     for name in ("version", "format", "checkpoint_format"):

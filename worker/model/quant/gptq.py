@@ -18,6 +18,7 @@ from worker.model.config import ConfigReader
 from worker.model.quant.matrix import QuantisedMatrix
 from worker.model.quant.reading import (
     WORD_BITS,
+    ignore_auto_round,
     num_groups,
     read,
     read_along_columns,
@@ -105,6 +106,7 @@ class Gptq:
 def gptq(config: ConfigReader) -> Quantisation:
     config.ignore(*HARMLESS_TEXT.split())
     config.require(pack_dtype="int32")
+    ignore_auto_round(config)
     num_bits = config.choice("bits", NUM_BITS)
     group_size = read_group_size(config)
     form = config.choice("checkpoint_format", ("gptq", "gptq_v2"), config.choice("format", ("gptq", "gptq_v2"), "gptq"))

@@ -17,6 +17,12 @@ WORD_BITS = 32
 EIGHT_BITS_NOTE = (
     "activations keep the model's type, which is more exact than the 8 bits that the checkpoint is meant for"
 )
+AUTO_ROUND_TEXT = """
+amp autoround_version act_data_type act_dynamic act_group_size act_sym enable_minmax_tuning enable_norm_bias_tuning
+enable_quanted_input gradient_accumulate_steps iters low_gpu_mem_usage lr minmax_lr n_samples nsamples provider
+quant_block_list scale_dtype seqlen to_quant_block_names train_bs
+"""
+"""How AutoRound made a file in another tool's format."""
 
 
 def read(source: TensorSource, name: str, part: Part, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,3 +151,9 @@ def read_scales(
 def read_group_size(config: ConfigReader) -> int | None:
     """Columns of a group; None, which files write as -1, where a row is one."""
     return None if config.get("group_size") == -1 else config.integer("group_size", 128)
+
+
+def ignore_auto_round(config: ConfigReader) -> None:
+    """Pass over its notes, but not over numbers that are no integers or activations of few bits."""
+    config.ignore(*AUTO_ROUND_TEXT.split())
+    config.require(data_type="int", act_bits=16)

@@ -107,6 +107,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (AWQ | dict(version="exllama"), "version 'exllama'"),
     (AWQ | dict(backend="llm-awq"), "llm-awq"),
     (AWQ | dict(group_size=1 << 30), "group_size"),
+    (AWQ | dict(pack_dtype="int16"), "pack_dtype must be 'int32'"),
+    (AWQ | dict(data_type="mx_fp"), "data_type must be 'int'"),
+    (GPTQ | dict(act_bits=8), "act_bits must be 16"),
     (FP8 | dict(weight_block_size=[128]), "weight_block_size must be two positive integers"),
     (FP8 | dict(weight_block_size=[0, 128]), "weight_block_size must be two positive integers"),
     (FP8 | dict(weight_block_size=128), "weight_block_size must be two positive integers"),
@@ -172,6 +175,10 @@ def test_notes_about_how_a_file_was_made_pass(values, notes):
 
 
 TOOLS = dict(block_name_to_quantize=None, dataset=None, exllama_config=dict(version=1), use_cuda_fp16=False)
+AUTO_ROUND = dict(
+    dict(act_bits=16, autoround_version="0.4.6", bits=4, data_type="int", enable_quanted_input=True, group_size=128),
+    **dict(iters=1000, low_gpu_mem_usage=True, lr=0.001, minmax_lr=0.001, provider="auto-round", seqlen=2048, sym=True),
+)
 W4A16 = dict(
     dict(actorder="weight", block_structure=None, dynamic=False, group_size=128, num_bits=4, observer="minmax"),
     **dict(observer_kwargs={}, strategy="group", symmetric=True, type="int"),
@@ -201,6 +208,20 @@ RELEASED: dict[str, tuple[dict[str, Any], str, int]] = {
         dict(bits=4, checkpoint_format="gptq_v2", desc_act=False, group_size=-1, lm_head=True, pack_dtype="int32")
         | dict(meta=dict(quantizer=["x:1.0"], uri="x"), quant_method="gptq", sym=False, dynamic={"-:.*gate.*": {}}),
         *("gptq", 8),
+    ),
+    "GPTQ by AutoRound": (
+        dict(AUTO_ROUND, damp_percent=0.01, desc_act=False, lm_head=False, quant_method="gptq", true_sequential=False),
+        *("gptq", 128),
+    ),
+    "AWQ by AutoRound": (
+        dict(AUTO_ROUND, modules_to_not_convert=["lm_head"], quant_method="awq", version="gemm", zero_point=True),
+        *("awq", 128),
+    ),
+    "AWQ by GPTQModel": (
+        dict(bits=4, checkpoint_format="gemm", desc_act=False, dynamic={"-:.*gate$": {}}, format="gemm", group_size=128)
+        | dict(lm_head=False, meta=dict(quantizer=["x:5.7"], uri="x"), method="awq", pack_dtype="int32", sym=False)
+        | dict(quant_method="awq", version="gemm", zero_point=True),
+        *("awq", 128),
     ),
     "AutoAWQ": (
         dict(bits=4, group_size=128, modules_to_not_convert=None, quant_method="awq", version="gemm", zero_point=True),
