@@ -257,13 +257,15 @@ class LoraSlots:
             start = stop
         return layer
 
+    @property
+    def num_bytes(self) -> int:
+        sizes = len(self._ranks), max(self._ranks, default=0)
+        return sum(layer.bytes_with(-1, [], *sizes) for layer in self._layers)
+
     def growth(self, slot: int, rank: int, targets: Sequence[Target]) -> int:
         """Bytes more that the slots would take with such an adapter."""
-        sizes, now = self._sizes_with(slot, rank), (len(self._ranks), max(self._ranks, default=0))
-        wanted = self._by_layer(targets)
-        return sum(
-            layer.bytes_with(slot, wanted[layer], *sizes) - layer.bytes_with(-1, [], *now) for layer in self._layers
-        )
+        sizes, wanted = self._sizes_with(slot, rank), self._by_layer(targets)
+        return sum(layer.bytes_with(slot, wanted[layer], *sizes) for layer in self._layers) - self.num_bytes
 
     def put(self, slot: int, rank: int, targets: Sequence[Target], changes: Iterator[Change]) -> None:
         """Replace what `slot` holds by an adapter of this rank. Whatever `changes` raises leaves the slot useless."""
@@ -275,6 +277,11 @@ class LoraSlots:
         layer_of = {target: layer for layer, own in self._layers.items() for target in own}
         for change in changes:
             layer_of[change.target].write(slot, change)
+
+    def clear(self, slot: int) -> None:
+        """Forget what `slot` holds, if it was ever used: memory for it would be taken in vain."""
+        if slot < len(self._ranks):
+            self.put(slot, 0, [], iter(()))
 
     def use(self, slots: Slots) -> None:
         """Begin a step whose tokens use `slots` [t]; below zero is no adapter."""

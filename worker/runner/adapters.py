@@ -22,10 +22,11 @@ from worker.runner.rows import Ints
 
 
 class RowAdapters:
-    """Which of `slots` each row uses, and by digest what lies in them; "" where nothing useful does."""
+    """Which of `slots` each row uses, and by digest what lies in them; "" where nothing useful does. They may take
+    `max_bytes` of memory: the system counts as free what a KV cache that is not full yet was promised."""
 
-    def __init__(self, slots: LoraSlots, group: Group, *, num_rows: int, max_rank: int) -> None:
-        self._slots, self._group, self._max_rank = slots, group, max_rank
+    def __init__(self, slots: LoraSlots, group: Group, *, num_rows: int, max_rank: int, max_bytes: int) -> None:
+        self._slots, self._group, self._max_rank, self._max_bytes = slots, group, max_rank, max_bytes
         self._slot_of_row = np.full(num_rows, NO_SLOT, np.int64)
         self._digests: dict[int, str] = {}
 
@@ -63,7 +64,7 @@ class RowAdapters:
         if not agree_on_minimum(self._group, int(not error)):
             error = error or f"adapter {adapter.name} cannot be loaded by another rank"
         if error:
-            self._slots.put(slot, 0, [], iter(()))
+            self._slots.clear(slot)
         self._digests[slot] = "" if error else adapter.digest
         return error
 
@@ -71,10 +72,11 @@ class RowAdapters:
         stored = self._read(adapter.source)
         if stored.digest != adapter.digest:
             raise ConfigurationError(f"{adapter.source} changed since the job was accepted")
-        growth, free = self._slots.growth(slot, stored.rank, stored.targets), available_bytes()
+        growth = self._slots.growth(slot, stored.rank, stored.targets)
+        free = min(available_bytes(), self._max_bytes - self._slots.num_bytes)
         if growth > free:
             raise ConfigurationError(
-                f"it needs {readable(growth)} of memory but only {readable(free)} is free; lower --max-loras"
+                f"it needs {readable(growth)} of memory but only {readable(max(free, 0))} is free; lower --max-loras"
             )
         self._slots.put(slot, stored.rank, stored.targets, stored.changes(self._slots.dtype))
 

@@ -73,7 +73,7 @@ def load_device(
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):
         reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
-    device = _device(model, kv_type, adapters, settings, limits)
+    device = _device(model, kv_type, adapters, settings, limits, memory)
     return device, _ready(settings, spec, dtype, quantisation, digest, limits, reasons)
 
 
@@ -188,7 +188,12 @@ def _load(
 
 
 def _device(
-    model: Model, kv_type: torch.dtype, adapters: LoraSlots, settings: WorkerSettings, limits: Limits
+    model: Model,
+    kv_type: torch.dtype,
+    adapters: LoraSlots,
+    settings: WorkerSettings,
+    limits: Limits,
+    memory: KvMemory,
 ) -> TorchDevice:
     try:
         return TorchDevice(
@@ -200,6 +205,7 @@ def _device(
             max_num_seqs=settings.max_num_seqs,
             max_total_tokens=limits.max_total_tokens,
             max_lora_rank=settings.max_lora_rank,
+            max_lora_bytes=memory.free - limits.kv_tokens * memory.bytes_per_token,
         )
     except MemoryError as error:
         raise ConfigurationError(

@@ -47,9 +47,12 @@ class TorchDevice:
         max_num_seqs: int,
         max_total_tokens: int,
         max_lora_rank: int,
+        max_lora_bytes: int,
     ) -> None:
         self._model, self._block_size = model, block_size
-        self._adapters = RowAdapters(adapters, model.group, num_rows=max_num_seqs, max_rank=max_lora_rank)
+        self._adapters = RowAdapters(
+            adapters, model.group, num_rows=max_num_seqs, max_rank=max_lora_rank, max_bytes=max_lora_bytes
+        )
         num_layers, num_heads, head_dim = model.page_shape
         shape = (num_layers, 2, num_blocks + 1, block_size, num_heads, page_width(head_dim, kv_type))
         self.pages = untouched_zeros(shape, kv_type)

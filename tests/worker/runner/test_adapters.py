@@ -25,8 +25,10 @@ from worker.model.lora import LoraSlots
 from worker.parallel.group import Group
 from worker.pipe import Ready, Submit
 from worker.runner import adapters as runner_adapters
+from worker.runner import load
 from worker.runner.adapters import RowAdapters
 from worker.runner.load import load_device
+from worker.runner.memory import readable
 from worker.runner.torch_device import TorchDevice
 
 NUM_GREEDY = 24
@@ -281,6 +283,24 @@ def test_an_adapter_for_which_there_is_no_memory_is_refused_with_the_numbers(ser
     run = run_all((device, ready), list(messages.values()))
     assert error_of(run, "0").endswith("of memory but only 1000 B is free; lower --max-loras")
     assert run.outcome("3")[1] == "length"
+
+
+def test_memory_that_the_kv_cache_was_promised_is_not_free_for_adapters(served, monkeypatch):
+    """The system gives it when it is written, and counts it as free until then."""
+    model = served("llama")
+    plain, _ = model.load()
+    kv_bytes = plain.pages[:, :, 1:].nbytes
+    monkeypatch.setattr(load, "available_bytes", lambda: kv_bytes + 20_000)
+    device, ready = model.load()
+    messages = batch(model, device)
+    run = run_all((device, ready), list(messages.values()))
+    assert runner_adapters.available_bytes() > 10**8
+    taken = device._adapters._slots.num_bytes
+    assert 0 < taken < 20_000, "one has room, and no room is made for those that have none"
+    free = readable(20_000 - taken)
+    for name in "12":
+        assert error_of(run, name).endswith(f"of memory but only {free} is free; lower --max-loras")
+    assert [run.outcome(name)[1] for name in "03"] == ["length", "length"]
 
 
 def test_what_another_rank_cannot_read_is_an_error_of_the_row_on_all(served, monkeypatch):
