@@ -149,6 +149,7 @@ class Adapters:
         self._places = Places(settings.huggingface_hub_cache)
         self._own: dict[str, Place] = {}
         self._own_sources: dict[str, str] = {}
+        self._own_brought: list[Brought] = []
         self._folders: dict[str, Path] = {}
         self._questions: dict[CheckAdapter, _Question] = {}
         self._looks: dict[str, asyncio.Task[AdapterFinding]] = {}
@@ -185,7 +186,12 @@ class Adapters:
             if found.error:
                 raise ConfigurationError(f"--lora-adapters: {found.error}")
             self._own_sources[found.digest] = found.place
-            self.brought.append(Brought(name, self._sources[name], found))
+            self._own_brought.append(Brought(name, self._sources[name], found))
+        self.bring_own()
+
+    def bring_own(self) -> None:
+        """What is to be put on Redis of a lane that has nothing yet, or was forgotten because nobody served it."""
+        self.brought = list(self._own_brought)
 
     # --- of the lane ------------------------------------------------------------------------------------------------
 

@@ -420,6 +420,8 @@ class Agent:
 
     async def _introduce(self) -> None:
         """Say hello; and when Redis may have forgotten what it was told, tell it again before the next step."""
+        if self._identity is Identity.NEW and not await self._fleet.is_announced(self._card.lane):
+            self._adapters.bring_own()
         await self._announce()
         await self._put_adapters()
         before = self._store.incarnation
@@ -560,6 +562,9 @@ class Agent:
         """Compare what we hold with what Redis thinks we hold."""
         store, jobs = self._store, self._jobs
         self._last_reconcile = self._clock()
+        if not await self._fleet.is_announced(store.lane):
+            # its time to live ran out while nobody could renew it: this machine slept, or the server's clock was set
+            raise UnknownIncarnation("the model is not announced any more")
         adapters = await self._fleet.adapters(store.lane)
         owned = await store.mine()
         # only now it is sure that Redis had not lost what was read before

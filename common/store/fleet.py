@@ -77,6 +77,9 @@ class FleetStore:
         await self.connection.call("announce", card.lane, encode_card(card), fingerprint)
         await self.connection.write(keys.LANES, "SADD", card.lane)
 
+    async def is_announced(self, lane: str) -> bool:
+        return bool(integer(await self.connection.run("EXISTS", keys.model(lane))))
+
     async def retire(self, lane: str) -> None:
         """Forget the model of a lane: gateways stop offering it. Its jobs stay."""
         await self.connection.call("retire", lane)

@@ -142,6 +142,36 @@ async def test_an_adapter_of_the_command_line_is_found_again_where_it_lies_here(
         await follower.assert_exact(job, expected(job))
 
 
+@pytest.mark.parametrize("is_sealed", [True, False])
+async def test_a_lane_whose_time_ran_out_is_announced_again_with_its_adapters(
+    redis_url: str, redis_server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_sealed: bool
+) -> None:
+    """A worker was cut off for longer than its lane is kept, or all slept: nothing renewed these keys."""
+    monkeypatch.setattr("worker.agent.RECONCILE_S", 0.2)
+    write_adapter(tmp_path / "fr")
+    async with agent_on(redis_url, tmp_path, lora_adapters=[f"fr={tmp_path / 'fr'}"]) as running:
+        await serving(running)
+        follower = running.follower
+        (entry,) = await follower.fleet.adapters(follower.lane)
+        await eventually(lambda: running.agent._adapters.brought, what="the worker has seen that it is ready")
+        if is_sealed:
+            assert await follower.fleet.seal_worker("w1") == 0
+        with redis_server.client() as client:
+            lane = (keys.model(follower.lane), keys.fingerprint(follower.lane), keys.adapters(follower.lane))
+            assert client.delete(*lane) == 3
+
+        async def is_back() -> bool:
+            adapters = await follower.fleet.adapters(follower.lane)
+            return [one.adapter for one in adapters] == [entry.adapter] and await follower.fleet.is_announced(
+                follower.lane
+            )
+
+        await eventually(is_back, limit_s=10, what="model and adapter are offered again")
+        job = await follower.submit(1, 20, adapter=entry.adapter)
+        await follower.assert_exact(job, expected(job))
+        assert running.metric("worker_fenced_total") == is_sealed
+
+
 # ------------------------------------------------------------------ while it serves
 
 
