@@ -434,6 +434,9 @@ class Agent:
             "max_total_tokens": self._card.max_total_tokens,
         }
         hello = await self._store.hello(info)
+        if self._identity is Identity.NEW:
+            # who began at the same moment with other weights did not count as living before
+            await self._put_adapters()
         if hello.incarnation != before:
             self._jobs.outbox.begin_incarnation()
             logger.info("incarnation %s of worker %s", hello.incarnation, self.worker_id)
@@ -469,7 +472,7 @@ class Agent:
                 await self._fleet.put_adapter(self._card.lane, name, source, worker_id=self.worker_id, found=found)
                 return
             except (Conflict, ValidationError) as error:
-                if self._store.incarnation:
+                if self._identity is Identity.DOUBTED:
                     logger.warning("%s", error)
                     return
                 if isinstance(error, ValidationError):

@@ -18,11 +18,12 @@ from common.store.connection import Connection
 from common.store.fleet import FleetStore
 from common.store.replies import AdapterEntry, AdapterFinding
 from tests.support.fake_engine import Answer, adapted, digest_of, oracle, write_adapter
-from tests.support.fake_fleet import VOCABULARY, Follower
+from tests.support.fake_fleet import VOCABULARY, Follower, following
 from tests.support.hub_server import COMMIT, HubServer
 from tests.support.local_agent import Running, agent_on, fail_to_start
 from tests.support.protocol import FakeAgent, eventually
 from tests.support.redis_server import ServerUnderTest
+from worker.agent import Agent
 
 HELD_BYTES, NUM_BYTES = 1_000_000, 2_000_000
 
@@ -140,6 +141,37 @@ async def test_an_adapter_of_the_command_line_is_found_again_where_it_lies_here(
         shutil.move(tmp_path / "kept", tmp_path / "fr")
         job = await follower.submit(2, 20, adapter=adapter)
         await follower.assert_exact(job, expected(job))
+
+
+async def test_of_two_workers_that_begin_at_once_with_other_weights_one_is_told(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder, rank in (("a", 8), ("b", 4)):
+        write_adapter(tmp_path / folder, rank)
+    put, goes_on = Agent._put_adapters, asyncio.Event()
+
+    async def put_and_pause(agent: Agent) -> None:
+        await put(agent)
+        if agent.worker_id == "w2":
+            await goes_on.wait()
+
+    monkeypatch.setattr(Agent, "_put_adapters", put_and_pause)
+    given = {"worker_id": "w2", "lease": 0.3}
+    second = asyncio.create_task(fail_to_start(redis_url, tmp_path, lora_adapters=[f"fr={tmp_path / 'a'}"], **given))
+    async with following(redis_url) as follower:
+
+        async def digests() -> list[str]:
+            return [entry.found.digest for entry in await follower.fleet.adapters(follower.lane)]
+
+        await eventually(digests, what="the second one has put its adapter, and is paused before its hello")
+        assert await digests() == [digest_of(tmp_path / "a")]
+        async with agent_on(redis_url, tmp_path, lora_adapters=[f"fr={tmp_path / 'b'}"], lease=0.3) as running:
+            await serving(running)
+            assert await digests() == [digest_of(tmp_path / "b")]
+            goes_on.set()
+            assert (await second).startswith("adapter fr has other weights on workers that serve it now")
+            assert await digests() == [digest_of(tmp_path / "b")]
+            assert not running.task.done()
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])
