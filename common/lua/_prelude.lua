@@ -200,11 +200,12 @@ end
 -- queues
 
 -- Start-time fair queueing: the tenant with the smallest virtual time goes first and pays its job's tokens. One whose
--- backlog ran empty keeps its place, and so its debt, until the others have caught up with it.
-local function feed(L, class)
+-- backlog ran empty keeps its place, and so its debt, until the others have caught up with it. `extra` entries more than
+-- usual are fed, for a worker that must leave so many.
+local function feed(L, class, extra)
   local q, vt, vf = L .. ':q:' .. class, L .. ':vt:' .. class, L .. ':vf:' .. class
   for _ = 1, FEED_LIMIT do
-    if C('XLEN', q) >= QUEUE_WIDTH then
+    if C('XLEN', q) >= QUEUE_WIDTH + (extra or 0) then
       return
     end
     local first = C('ZRANGE', vt, 0, 0, 'WITHSCORES')

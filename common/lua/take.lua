@@ -30,10 +30,10 @@ end
 
 -- An entry that this worker is too old for stays; one whose job is no longer queued goes.
 local function pull(L, class, want, owner, protocol, out)
-  local q, from, looked = L .. ':q:' .. class, '-', 0
+  local q, from, looked, left = L .. ':q:' .. class, '-', 0, 0
   while want > 0 and looked < LOOK_LIMIT do
     if class ~= 's' and class ~= 0 then
-      feed(L, class)
+      feed(L, class, left)
     end
     local entries = C('XRANGE', q, from, '+', 'COUNT', want)
     if #entries == 0 then
@@ -44,7 +44,7 @@ local function pull(L, class, want, owner, protocol, out)
       local f = C('HMGET', job_key(L, id), 'st', 'dl', 'cost', 'pv')
       looked = looked + 1
       if f[1] == 'queued' and tonumber(f[4]) > protocol then
-        from = '(' .. entry[1]
+        from, left = '(' .. entry[1], left + 1
       else
         C('XDEL', q, entry[1])
         if f[1] == 'queued' and tonumber(f[2]) <= now() then

@@ -14,7 +14,7 @@ from common.errors import Conflict, Fenced, ValidationError, WireError
 from common.job import Adapter
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
-from common.store.jobs import JobStore
+from common.store.jobs import WITHOUT_ADAPTERS, JobStore
 from common.store.replies import AdapterEntry, AdapterFinding, decode_adapter
 from tests.support.protocol import LANE, FakeAgent, make_card, make_job, submit
 from tests.support.redis_server import ServerUnderTest
@@ -200,3 +200,22 @@ def test_what_is_no_entry_is_refused(spoil: Any) -> None:
 
     with pytest.raises(WireError, match="not an adapter"):
         decode_adapter("fr", wire.pack(spoil))
+
+
+async def test_jobs_that_need_a_newer_worker_hold_up_none_behind_them(
+    agent: FakeAgent, jobs: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a dispatch stream is fed with at a time, and the newer worker is gone."""
+    adapted = [make_job(adapter=Adapter("fr", FR, FITS.digest)) for _ in range(20)]
+    plain = [make_job() for _ in range(3)]
+    for job in (*adapted, *plain):
+        await submit(jobs, job)
+    with monkeypatch.context() as patch:
+        patch.setattr("common.store.workers.PROTOCOL", WITHOUT_ADAPTERS)
+        taken = [await agent.store.take(2, request) for request in (1, 2, 3)]
+    assert [[one.job.job_id for one in each] for each in taken] == [
+        [plain[0].job_id, plain[1].job_id],
+        [plain[2].job_id],
+        [],
+    ]
+    assert [one.job.job_id for one in await agent.store.take(64, 4)] == [job.job_id for job in adapted]
