@@ -82,7 +82,7 @@ async def compat_generate(call: OpenCall) -> Response:
 @router.post("/tokenize")
 async def tokenize(call: OpenCall) -> Response:
     inputs = read_inputs(call.body)
-    served = call.services.registry.resolve(Fields(call.body).text("model"))
+    served = await call.services.registry.find(Fields(call.body).text("model"))
     return json_response(await asyncio.to_thread(tokenize_body, inputs, served))
 
 

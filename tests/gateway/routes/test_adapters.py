@@ -105,6 +105,21 @@ async def test_every_door_leads_to_the_adapter(gateway: LiveGateway, worker: Scr
     assert base["adapter"] is None
 
 
+async def test_one_that_another_gateway_has_loaded_a_moment_ago_is_known(
+    gateway: LiveGateway, worker: ScriptedWorker
+) -> None:
+    for name, path, body in (
+        ("fr", "/tokenize", {"inputs": "hello", "model": "fr"}),
+        ("sql", "/generate", {"inputs": "hello", "parameters": {"max_new_tokens": 3, "adapter_id": "sql"}}),
+    ):
+        registry = gateway.services.registry
+        registry._looked_at = -1e9
+        entry = await worker.fleet.put_adapter(LANE, name, f"/adapters/{name}")
+        await worker.store.settle_adapter(name, entry.token, FITS)
+        assert name not in registry.models[LANE].adapters, "nobody has told it"
+        assert (await gateway.client.post(path, json=body)).status_code == 200
+
+
 async def test_adapters_are_listed_as_models_with_their_base(gateway: LiveGateway, worker: ScriptedWorker) -> None:
     await load(gateway, worker)
     rows = (await gateway.client.get("/v1/models")).json()["data"]
