@@ -15,7 +15,7 @@ from worker.model.families.base import Family, QkvLayout
 from worker.model.lora import LoraSlots
 from worker.model.moe import ListedExperts, StackedExperts
 from worker.model.quant.linear import Int8Embedding, Int8Linear, SideBySide, linear_of
-from worker.model.quant.matrix import QuantisedMatrix, stacked
+from worker.model.quant.matrix import QuantisedMatrix, filled, stacked
 from worker.model.quant.rounding import int8_by_row
 from worker.model.quant.scheme import NOT_QUANTISED, MakeQuantised, Quantisation
 from worker.model.spec import Moe, QkNorm, Residual, Rope, Spec
@@ -261,8 +261,7 @@ class Builder:
         size = max(MADE_ELEMENTS // part.shape[1], 1)
         cuts = [run[start : start + size] for run in part.rows for start in range(0, len(run), size)]
         pieces = [replace(piece, part=replace(part, rows=[cut]), order=None) for cut in cuts]
-        (matrix,) = stacked([make(self._filled([each], "weight", torch.float32)) for each in pieces])
-        return matrix
+        return filled((make(self._filled([each], "weight", torch.float32)) for each in pieces), part.num_rows)
 
     def _product(self, weight: Tensor | QuantisedMatrix, bias: Tensor | None) -> Linear:
         if isinstance(weight, Tensor):

@@ -96,3 +96,26 @@ def _stack(matrices: Sequence[QuantisedMatrix]) -> QuantisedMatrix:
         scale=torch.cat([matrix.scale for matrix in matrices]),
         zero=torch.cat(zeros) if zeros else None,
     )
+
+
+def filled(parts: Iterable[QuantisedMatrix], num_rows: int) -> QuantisedMatrix:
+    """The rows of matrices of one kind, `num_rows` in all, one below the other. Each is copied into its place when it
+    comes: small results that stay between large tensors that go would leave holes all over the memory."""
+    whole, start = None, 0
+    for part in parts:
+        if part.shape[0] == num_rows:
+            return part
+        whole = whole or _unwritten(part, num_rows)
+        end = start + part.shape[0]
+        for target, own in ((whole.codes, part.codes), (whole.scale, part.scale), (whole.zero, part.zero)):
+            if target is not None and own is not None:
+                target[start:end] = own
+        start = end
+    assert whole is not None
+    return whole
+
+
+def _unwritten(like: QuantisedMatrix, num_rows: int) -> QuantisedMatrix:
+    zero = None if like.zero is None else like.zero.new_empty(num_rows, like.zero.shape[1])
+    codes, scale = (tensor.new_empty(num_rows, tensor.shape[1]) for tensor in (like.codes, like.scale))
+    return replace(like, codes=codes, scale=scale, zero=zero)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,8 @@ from worker.model.loading import load_weights, weight_bytes
 from worker.model.quant import choice
 from worker.model.quant.choice import MADE
 from worker.model.quant.linear import CodedLinear, Int4Linear, Int8Embedding, Int8Linear
+from worker.model.quant.matrix import stacked
+from worker.model.weights import DummySource
 
 # groups of 64 columns, of which two ranks do not get whole ones of the heads
 SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, head_dim=24, num_hidden_layers=2)
@@ -182,3 +188,35 @@ def test_a_piece_at_a_time_gives_what_the_whole_does(folder, monkeypatch):
     for one, other in zip(whole.layers, parts.layers):
         assert torch.equal(one.mlp.down.packed, other.mlp.down.packed)
         assert torch.equal(one.qkv.scales, other.qkv.scales)
+
+
+NUM_ROWS, NUM_COLUMNS = 24576, 4096
+
+
+def make_large_matrix(way: str) -> None:
+    """Says by how many bytes this process grew at most, and how many the matrix takes."""
+    torch.set_num_threads(1)
+    if way == "list":
+        loading.filled = lambda parts, num_rows: stacked(list(parts))[0]  # type: ignore[assignment]
+    _, family = read_spec(tiny_models.config_of("llama").to_dict())
+    source = loading._Zeros(DummySource(is_tied=True, head_name="lm_head"))
+    builder = loading.Builder(family, source, torch.bfloat16, quantisation=MADE["int8"])
+    loading.MADE_ELEMENTS = 1 << 20
+    before = most_memory()
+    matrix = builder.embedding(NUM_ROWS, NUM_COLUMNS)
+    sys.stdout.write(f"{most_memory() - before} {matrix.num_bytes}")
+
+
+def most_memory() -> int:
+    """Bytes that this process had at most."""
+    (size,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(size)
+
+
+@pytest.mark.parametrize(("way", "is_bounded"), [("filled", True), ("list", False)])
+def test_a_large_matrix_is_made_in_little_more_memory_than_its_own(way, is_bounded):
+    code = f"from {__name__} import make_large_matrix; make_large_matrix({way!r})"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    growth, num_bytes = map(int, told.stdout.split())
+    assert num_bytes > NUM_ROWS * NUM_COLUMNS
+    assert (growth < 1.8 * num_bytes) == is_bounded, growth
