@@ -17,7 +17,7 @@ all of B, and what they add to their parts is summed with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 FEW_COLUMNS = 4096
 """Up to so many tokens times the rank, all slots in one product cost less than a product for each adapter."""
+
+MOST_WITH_ZEROS = 750_000
+"""Elements of a B that has zeros beside the matrices of several targets. A small product takes as long as twice such a
+one, since most of its time is spent on its way."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -77,33 +81,30 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class LoraStep:
-    """Which slot each token of a step uses. Either `others` bool [t, 1, slots * rank] says which columns of A x are not
-    for a token, or `shares` has for each slot its tokens, a slice where they are neighbours."""
+    """Which slot each token of a step uses. Either `others` has for a number of targets bool [t, targets * slots *
+    rank], which columns of A x are not for a token, or `shares` for each slot its tokens, a slice where they are
+    neighbours."""
 
-    others: Tensor | None
+    others: dict[int, Tensor] | None
     shares: tuple[tuple[int, slice | Tensor], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring targets of equal width, numbers `first` to `end` of the layer: one product for all of them. `b`
-    [targets, slots * rank, width]."""
+    """Neighbouring targets in one product: `columns` of A x times `b` [columns, width] go to `place` of the result. Of
+    several targets `b` has each one's matrix on its diagonal, and zeros elsewhere."""
 
-    first: int
-    end: int
+    columns: slice
     place: slice
     b: Tensor
-
-    def rows(self, result: Tensor) -> Tensor:
-        """Its part of a result [t, out], [targets, t, width]."""
-        return result[:, self.place].view(len(result), len(self.b), -1).transpose(0, 1)
 
 
 @dataclass(slots=True, eq=False)
 class AdaptedLinear:
     """`base` [t, in] -> [t, out], to whose result the adapters of a step add their parts.
 
-    `_a` [targets, slots, rank, in] has the targets that adapters in slots change, in the order of their places.
+    `_a` [targets, slots, rank, in] has the targets that adapters in slots change, in the order of their places, `_b`
+    [slots * rank, width] of each, inside of `_runs`. `_a_columns` is `_a` as [in, targets * slots * rank].
     """
 
     base: Linear
@@ -112,6 +113,8 @@ class AdaptedLinear:
     _users: dict[Target, set[int]] = field(default_factory=dict)
     _targets: list[Target] = field(default_factory=list)
     _a: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    _a_columns: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    _b: list[Tensor] = field(default_factory=list)
     _runs: list[Run] = field(default_factory=list)
 
     @property
@@ -123,53 +126,61 @@ class AdaptedLinear:
         step = self.slots.step
         if step is not None and self._runs:
             if step.others is not None:
-                self._add_to_all(x, result, step.others)
+                self._add_to_all(x, result, step.others[len(self._b)])
             else:
                 self._add_by_slot(x, result, step)
         return result
 
     def _add_to_all(self, x: Tensor, result: Tensor, others: Tensor) -> None:
-        inner = F.linear(x, self._a.view(-1, self.num_in)).view(len(x), len(self._targets), -1)
         # filled, not multiplied: what is not a number in one adapter stays with its own tokens
-        inner = inner.masked_fill_(others, 0.0).transpose(0, 1)
+        inner = torch.mm(x, self._a_columns).masked_fill_(others, 0.0)
         for run in self._runs:
-            run.rows(result).baddbmm_(inner[run.first : run.end], run.b)
+            if len(run.b) == inner.shape[1] and run.b.shape[1] == result.shape[1]:
+                result.addmm_(inner, run.b)
+            else:
+                result[:, run.place].addmm_(inner[:, run.columns], run.b)
 
     def _add_by_slot(self, x: Tensor, result: Tensor, step: LoraStep) -> None:
-        num_targets, _, rank, _ = self._a.shape
+        rank = self._a.shape[2]
         for slot, tokens in step.shares:
             own = x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)
-            inner = F.linear(own, self._a[:, slot].flatten(0, 1)).view(len(own), num_targets, rank).transpose(0, 1)
-            for run in self._runs:
-                part, b = inner[run.first : run.end], run.b[:, slot * rank : (slot + 1) * rank]
+            parts = F.linear(own, self._a[:, slot].flatten(0, 1)).view(len(own), -1, rank).unbind(1)
+            for target, part, b in zip(self._targets, parts, self._b, strict=True):
+                rows = b[slot * rank : (slot + 1) * rank]
                 if isinstance(tokens, slice):
-                    run.rows(result[tokens]).baddbmm_(part, b)
+                    result[tokens, target.place].addmm_(part, rows)
                 else:
-                    result[:, run.place].index_add_(0, tokens, torch.bmm(part, b).transpose(0, 1).flatten(1))
+                    result[:, target.place].index_add_(0, tokens, part @ rows)
 
     # What the slots hold.
 
+    @property
+    def num_targets(self) -> int:
+        """Of those that adapters in slots change."""
+        return len(self._targets)
+
     def bytes_with(self, slot: int, targets: Sequence[Target], num_slots: int, rank: int) -> int:
         """What it would take with an adapter for `targets` in `slot`, and slots of that number and rank."""
-        sizes = [self.num_in + _size(target.place) for target in self._users_with(slot, targets)]
-        return sum(sizes) * num_slots * rank * self.slots.dtype.itemsize
+        groups = _groups(self._sorted(self._users_with(slot, targets)), num_slots * rank)
+        widths = [len(group) * (self.num_in + _size(_place_of(group))) for group in groups]
+        return sum(widths) * num_slots * rank * self.slots.dtype.itemsize
 
     def put(self, slot: int, targets: Sequence[Target], num_slots: int, rank: int) -> None:
         """Make room in `slot`, with zeros, for an adapter that changes `targets`."""
         self._users = self._users_with(slot, targets)
-        wanted = sorted(self._users, key=lambda target: int(target.place.start))
+        wanted = self._sorted(self._users)
         if wanted != self._targets or self._a.shape[1:3] != (num_slots, rank):
             self._rebuild(wanted, num_slots, rank)
         self._a[:, slot] = 0.0
-        for run in self._runs:
-            run.b[:, slot * rank : (slot + 1) * rank] = 0.0
+        for b in self._b:
+            b[slot * rank : (slot + 1) * rank] = 0.0
 
     def write(self, slot: int, change: Change) -> None:
         """`change` is for one of the targets of the last `put`."""
+        index = self._targets.index(change.target)
         first, num_rows = slot * self._a.shape[2], len(change.a)
-        self._a[self._targets.index(change.target), slot, :num_rows] = change.target.part_of_a(change.a)
-        b = self._b_of_targets()[change.target]
-        b[first : first + num_rows] = change.target.part_of_b(change.b).t()
+        self._a[index, slot, :num_rows] = change.target.part_of_a(change.a)
+        self._b[index][first : first + num_rows] = change.target.part_of_b(change.b).t()
 
     def _users_with(self, slot: int, targets: Sequence[Target]) -> dict[Target, set[int]]:
         kept = {target: slots - {slot} for target, slots in self._users.items()}
@@ -177,46 +188,48 @@ class AdaptedLinear:
             kept[target] = kept.get(target, set()) | {slot}
         return {target: slots for target, slots in kept.items() if slots}
 
-    def _b_of_targets(self) -> dict[Target, Tensor]:
-        """[slots * rank, width] of each."""
-        return dict(zip(self._targets, (b for run in self._runs for b in run.b), strict=True))
+    def _sorted(self, targets: Iterable[Target]) -> list[Target]:
+        return sorted(targets, key=lambda target: int(target.place.start))
 
     def _rebuild(self, targets: list[Target], num_slots: int, rank: int) -> None:
         """Other targets, more slots or another rank; what lies in the slots stays."""
-        old_a, old_b = dict(zip(self._targets, self._a, strict=True)), self._b_of_targets()
-        self._targets, dtype = targets, self.slots.dtype
+        old = {target: pair for target, *pair in zip(self._targets, self._a, self._b, strict=True)}
+        self._targets, dtype, num_rows = targets, self.slots.dtype, num_slots * rank
         self._a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype)
-        self._runs = _empty_runs(targets, num_slots * rank, dtype)
-        new_b = self._b_of_targets()
-        for target, new_a in zip(targets, self._a, strict=True):
-            if target in old_a:
-                _copy_corner(old_a[target], new_a)
-                old = old_b[target].view(*old_a[target].shape[:2], -1)
-                _copy_corner(old, new_b[target].view(num_slots, rank, -1))
+        self._a_columns = self._a.view(-1, self.num_in).t()
+        self._b, self._runs = [], []
+        for group in _groups(targets, num_rows):
+            first, place = len(self._b) * num_rows, _place_of(group)
+            b = torch.zeros((len(group) * num_rows, _size(place)), dtype=dtype)
+            self._runs.append(Run(slice(first, first + len(b)), place, b))
+            blocks = [(index * num_rows, _inside(target.place, place)) for index, target in enumerate(group)]
+            self._b += [b[start : start + num_rows, columns] for start, columns in blocks]
+        for target, a, b in zip(targets, self._a, self._b, strict=True):
+            if target in old:
+                old_a, old_b = old[target]
+                _copy_corner(old_a, a)
+                _copy_corner(old_b.view(*old_a.shape[:2], -1), b.view(num_slots, rank, -1))
 
 
-def _empty_runs(targets: Sequence[Target], num_rows: int, dtype: torch.dtype) -> list[Run]:
-    runs: list[Run] = []
-    for own in _neighbours(targets):
-        first, width = runs[-1].end if runs else 0, _size(own[0].place)
-        place = slice(own[0].place.start, own[-1].place.stop)
-        runs.append(Run(first, first + len(own), place, torch.zeros((len(own), num_rows, width), dtype=dtype)))
-    return runs
-
-
-def _neighbours(targets: Sequence[Target]) -> list[list[Target]]:
-    """Those that follow upon each other and are equally wide together."""
+def _groups(targets: Sequence[Target], num_rows: int) -> list[list[Target]]:
+    """Which neighbours share a product: those whose zeros cost less than another product, for `num_rows` each."""
     groups: list[list[Target]] = []
     for target in targets:
-        if groups and _is_next(groups[-1][-1].place, target.place):
-            groups[-1].append(target)
+        together = [*groups[-1], target] if groups else []
+        is_next = together and together[-2].place.stop == target.place.start
+        if is_next and len(together) * num_rows * _size(_place_of(together)) <= MOST_WITH_ZEROS:
+            groups[-1] = together
         else:
             groups.append([target])
     return groups
 
 
-def _is_next(one: slice, other: slice) -> bool:
-    return bool(one.stop == other.start) and _size(one) == _size(other)
+def _place_of(group: Sequence[Target]) -> slice:
+    return slice(group[0].place.start, group[-1].place.stop)
+
+
+def _inside(place: slice, whole: slice) -> slice:
+    return slice(place.start - whole.start, place.stop - whole.start)
 
 
 def _size(place: slice) -> int:
@@ -240,6 +253,7 @@ class LoraSlots:
         self._family = family
         self._layers: dict[AdaptedLinear, list[Target]] = {}
         self._ranks: list[int] = []
+        self._numbers: set[int] = set()
 
     def wrap(self, base: Linear, pieces: Sequence[Piece]) -> AdaptedLinear:
         """A layer that adapters may change; `base` has the rows of all pieces, one below the other."""
@@ -272,6 +286,7 @@ class LoraSlots:
         sizes, wanted = self._sizes_with(slot, rank), self._by_layer(targets)
         for layer in self._layers:
             layer.put(slot, wanted[layer], *sizes)
+        self._numbers = {layer.num_targets for layer in self._layers}
         self._ranks += [0] * (sizes[0] - len(self._ranks))
         self._ranks[slot] = rank
         layer_of = {target: layer for layer, own in self._layers.items() for target in own}
@@ -289,7 +304,8 @@ class LoraSlots:
         rank = max(self._ranks, default=0)
         if len(distinct) > 1 and len(slots) * rank <= FEW_COLUMNS:
             owners = torch.arange(len(self._ranks)).repeat_interleave(rank)
-            self.step = LoraStep((torch.from_numpy(slots)[:, None] != owners)[:, None])
+            others = torch.from_numpy(slots)[:, None] != owners
+            self.step = LoraStep({number: others.repeat(1, number) for number in self._numbers})
         elif distinct:
             self.step = LoraStep(None, tuple((slot, _tokens_of(slot, slots)) for slot in distinct))
         else:

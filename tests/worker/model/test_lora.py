@@ -119,19 +119,25 @@ def error_of(case: Case, order: tuple[int, ...] = (0, 1, 2)) -> float:
     return relative_error(run(*load(case, order=order), case)[0], case.expected)
 
 
-@pytest.fixture(params=["together", "by adapter"])
+@pytest.fixture(params=["together", "together, part by part", "by adapter"])
 def way(request, monkeypatch) -> str:
     if request.param == "by adapter":
         monkeypatch.setattr(lora, "FEW_COLUMNS", 0)
+    elif request.param == "together, part by part":
+        monkeypatch.setattr(lora, "MOST_WITH_ZEROS", 0)
     return request.param
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_three_adapters_and_none_in_one_batch_give_what_the_merged_models_give(cases, name, way):
     case = cases(name)
-    logits, steps = run(*load(case), case)
+    decoder, slots = load(case)
+    num_shared = sum(layer.num_targets - len(layer._runs) for layer in slots._layers)
+    has_parts = any(layer.num_targets > 1 for layer in slots._layers)
+    assert (num_shared > 0) == (has_parts and way != "together, part by part")
+    logits, steps = run(decoder, slots, case)
     assert len(steps) >= 5, "steps of four rows and more, with all adapters and none in them"
-    assert all(step is not None and (step.others is not None) == (way == "together") for step in steps)
+    assert all(step is not None and (step.others is None) == (way == "by adapter") for step in steps)
     assert relative_error(logits, case.expected) <= TOLERANCE
     for row, slot in enumerate(SLOT_OF_ROW):
         difference = relative_error([case.without[row]], [case.expected[row]])
