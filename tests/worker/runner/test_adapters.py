@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Served:
     folder: Path
     adapters: list[Path]
     models: list[Any]
+    known: dict[tuple[Any, ...], tuple[list[int], float]] = field(default_factory=dict)
 
     def load(self, group: Group | None = None, **options) -> tuple[TorchDevice, Ready]:
         fields = dict(model_id=str(self.folder), threads=1, kv_tokens=2048, dtype="float32") | options
@@ -58,6 +59,12 @@ class Served:
 
     def expected(self, number: int | None, ids: list[int]) -> tuple[list[int], float]:
         """Greedy tokens, and the smallest margin between first and second over the largest logit."""
+        key = (number, *ids)
+        if key not in self.known:
+            self.known[key] = self._expected(number, ids)
+        return self.known[key]
+
+    def _expected(self, number: int | None, ids: list[int]) -> tuple[list[int], float]:
         model = self.models[-1 if number is None else number]
         is_t5 = model.config.is_encoder_decoder
         with torch.no_grad():
@@ -160,7 +167,7 @@ def check_tokens(served: Served, run: Run, messages: dict[str, Submit], numbers:
     assert num_sure >= len(messages) - 1
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "cohere", "bloom", "gpt2", "qwen2_moe", "t5", "flan"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "t5"])
 def test_greedy_tokens_of_three_adapters_and_none_in_one_batch_are_those_of_the_merged_models(served, used, name):
     model = served(name)
     device, ready = model.load()
@@ -178,13 +185,12 @@ def test_the_same_requests_with_each_others_adapters_get_other_tokens(served):
     assert len(set(map(tuple, tokens))) == 4
 
 
-@pytest.mark.parametrize("max_loras", [1, 2])
-def test_with_more_adapters_than_slots_some_wait_and_all_get_what_is_theirs(served, used, max_loras):
+def test_with_more_adapters_than_slots_some_wait_and_all_get_what_is_theirs(served, used):
     model, numbers = served("llama"), [0, 1, 2, 3, 4, None, 0, 3, 2, 1]
-    device, ready = model.load(max_loras=max_loras)
+    device, ready = model.load()
     messages = batch(model, device, numbers)
-    run = run_all((device, ready), list(messages.values()), max_loras)
-    assert max(len(slots) for slots, _ in used) == max_loras
+    run = run_all((device, ready), list(messages.values()), max_loras=2)
+    assert max(len(slots) for slots, _ in used) == 2
     assert run.scheduler.stats.batch_max < len(numbers)
     check_tokens(model, run, messages, numbers)
 
@@ -203,8 +209,7 @@ def test_keys_and_values_of_one_adapter_are_found_by_no_other(served):
     assert hits == [0, 1, 1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_pick_the_tokens_of_one(served, size):
+def test_two_ranks_pick_the_tokens_of_one(served):
     model = served("llama")
 
     def outcomes(group: Group | None = None) -> list[list[int]]:
@@ -214,7 +219,7 @@ def test_ranks_pick_the_tokens_of_one(served, size):
         check_tokens(model, run, messages)
         return [run.outcome(name)[0] for name in messages]
 
-    assert run_ranks(size, outcomes) == [outcomes()] * size
+    assert run_ranks(2, outcomes) == [outcomes()] * 2
 
 
 # What cannot be loaded.
