@@ -91,6 +91,17 @@ QUANTIZE_ALIASES = {
 """TGI's and vLLM's names of the same arithmetic by other kernels, and TGI's other spelling."""
 
 
+POSSIBLE_NUMBERS = {"bits": (2, 4, 8), "group_size": (-1, 32, 64, 128, 256)}
+USERS_OF_OPTIONS = {
+    "bits": ("gptq",),
+    "group_size": ("gptq", "int4"),
+    "desc_act": ("gptq",),
+    "calibration": ("gptq",),
+    "calibration_tokens": ("gptq",),
+}
+"""What options of `inferfleet prepare` belong to, by values of --quantize."""
+
+
 def option(default: Any, help_text: str, *names: str, **extra: Any) -> Any:
     """A setting. With `names` the first is its bare environment and flag name, the others are aliases."""
     if names:
@@ -383,7 +394,8 @@ class UpSettings(GatewaySettings, WorkerSettings):
 
 
 class PrepareSettings(_Settings):
-    """Fetch a model, convert pickled weights to safetensors and make tokenizer.json, as far as the model needs it."""
+    """Fetch a model, convert pickled weights to safetensors and make tokenizer.json, as far as the model needs it; or
+    write it again with its weights in few bits."""
 
     model: CliPositionalArg[str] = Field(description="local folder or hub id")
     revision: str | None = option(None, "branch, tag or commit of a hub id", "revision")
@@ -391,6 +403,34 @@ class PrepareSettings(_Settings):
         None, "folder to write to; none: a local model's own, or one with the name of a hub's model"
     )
     huggingface_hub_cache: str | None = option(None, "folder for downloads from the hub", "huggingface_hub_cache")
+    quantize: Literal["gptq", "int8", "int4"] | None = option(
+        None, "write the weights in few bits to --output: by GPTQ, or rounded to the nearest of 8 or 4 bits"
+    )
+    bits: int = option(4, "bits of a weight by GPTQ: 2, 4 or 8")
+    group_size: int = option(128, "neighbours in a row that share a scale: 32, 64, 128, 256, or -1 for the whole row")
+    desc_act: bool = option(False, "GPTQ takes the columns that matter most first; slower to serve for some")
+    calibration: str | None = option(None, "file of UTF-8 text, such as the model is for, by which GPTQ rounds")
+    calibration_tokens: Annotated[int, Field(ge=512, le=1 << 24)] = option(65_536, "tokens of it that GPTQ takes")
+
+    @field_validator("bits", "group_size")
+    @classmethod
+    def _is_possible(cls, value: int, info: Any) -> int:
+        allowed = POSSIBLE_NUMBERS[info.field_name]
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(str, allowed))}, not {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_quantisation(self) -> Self:
+        for name, methods in USERS_OF_OPTIONS.items():
+            if name in self.model_fields_set and self.quantize not in methods:
+                flag, users = f"--{name.replace('_', '-')}", " or ".join(f"--quantize {method}" for method in methods)
+                raise ValueError(f"{flag} is for {users}")
+        if self.quantize and not self.output:
+            raise ValueError("--quantize needs --output: a quantised model is never written over the whole one")
+        if self.quantize == "gptq" and not self.calibration:
+            raise ValueError("--quantize gptq needs --calibration: a file of text such as the model is for")
+        return self
 
 
 class _OneLineParser(argparse.ArgumentParser):

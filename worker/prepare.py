@@ -1,4 +1,4 @@
-"""Makes a model folder that can be served: weights as safetensors, and a tokenizer.json.
+"""Makes a model folder that can be served: weights as safetensors, in few bits if wanted, and a tokenizer.json.
 
 A folder that is ready is left alone, and what was stopped goes on where it stopped: as long as a folder is unfinished,
 a small file in it notes what its weights are made of. Nothing that was there before is ever removed.
@@ -32,10 +32,13 @@ from worker.hub import (
     local_folder,
 )
 from worker.model.checkpoint import find_files, read_header
+from worker.quantised_files import Work
+from worker.quantising import Job, plan_job
 from worker.runner.memory import readable
 from worker.shards import INDEX_NAME, SHARD_BYTES, SINGLE_NAME, written_whole
 
 STATE_NAME = ".inferfleet-prepare.json"
+QUANTISED = "quantised"
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -61,14 +64,34 @@ def prepare(settings: PrepareSettings, screen: Screen, *, shard_bytes: int = SHA
     source = local or _fetch(settings, screen)
     if not (source / CONFIG_NAME).is_file():
         raise ConfigurationError(f"there is no {CONFIG_NAME} in {source}; is {settings.model} a model?")
+    if settings.quantize:
+        return _quantise(plan_job(settings, source), screen, shard_bytes)
     if _is_ready(source):
         screen.say(_nothing_to_do(settings.model))
         return _options(settings) if local is None else ["--model-id", str(source.resolve())]
-    target = _target(settings, source, is_local=local is not None)
+    target, config = _target(settings, source, is_local=local is not None), (source / CONFIG_NAME).read_bytes()
+    _check_target(target, config)
     if _is_ready(target):
         screen.say(_nothing_to_do(str(target)))
     else:
-        _prepare_folder(source, target, screen, shard_bytes)
+        with _unfinished(source, target, config, screen, _is_not_quantised) as notes:
+            if not _has_weights(source):
+                _convert(source, target, notes, screen, shard_bytes)
+            elif not target.samefile(source):
+                _link_weights(source, target)
+    return ["--model-id", str(target.resolve())]
+
+
+def _quantise(job: Job, screen: Screen, shard_bytes: int) -> list[str]:
+    """Always into a folder of its own."""
+    target = Path(str(job.settings.output)).expanduser()
+    if target.exists() and target.samefile(job.folder):
+        raise ConfigurationError("--output is the folder of the model itself, over which nothing is written")
+    _check_target(target, job.config)
+    if _is_ready(target):
+        screen.say(f"{target} has this model quantised so already: there is nothing to do")
+    else:
+        _quantise_into(target, job, screen, shard_bytes)
     return ["--model-id", str(target.resolve())]
 
 
@@ -85,7 +108,8 @@ def _fetch(settings: PrepareSettings, screen: Screen) -> Path:
         return fetch(model, patterns, lambda done, total: screen.show_progress("downloading", done, total))
 
     folder = fetch_with(WEIGHT_FILES)
-    return folder if any(folder.glob(WEIGHT_FILES[0])) else fetch_with(PICKLED_FILES)
+    is_enough = settings.quantize or any(folder.glob(WEIGHT_FILES[0]))
+    return folder if is_enough else fetch_with(PICKLED_FILES)
 
 
 def _is_ready(folder: Path) -> bool:
@@ -112,44 +136,53 @@ def _options(settings: PrepareSettings) -> list[str]:
 
 
 def _target(settings: PrepareSettings, source: Path, *, is_local: bool) -> Path:
-    """The folder of --output; else a local model's own, or one named after a hub's model.
-
-    Raises:
-        ConfigurationError: there is something else in it.
-    """
+    """The folder of --output; else a local model's own, or one named after a hub's model."""
     if settings.output:
-        target = Path(settings.output).expanduser()
-    else:
-        owner, _, name = settings.model.rpartition("/")
-        # without an owner the folder would have the name of the model, and be taken for it the next time
-        target = source if is_local else Path(name if owner else f"{name}-safetensors")
-    if target.exists() and not _is_ours(target, source):
+        return Path(settings.output).expanduser()
+    owner, _, name = settings.model.rpartition("/")
+    # without an owner the folder would have the name of the model, and be taken for it the next time
+    return source if is_local else Path(name if owner else f"{name}-safetensors")
+
+
+def _check_target(target: Path, config: bytes) -> None:
+    """Raises ConfigurationError if there is something else than the model with this config in it."""
+    if target.exists() and not _is_ours(target, config):
         raise ConfigurationError(f"{target} is there already and holds something else; choose another --output")
-    return target
 
 
-def _is_ours(target: Path, source: Path) -> bool:
+def _is_ours(target: Path, config: bytes) -> bool:
     """Whether a folder is empty, or was begun for this model."""
     if not target.is_dir():
         return False
-    config = target / CONFIG_NAME
-    is_same = config.is_file() and config.read_bytes() == (source / CONFIG_NAME).read_bytes()
+    path = target / CONFIG_NAME
+    is_same = path.is_file() and path.read_bytes() == config
     return is_same or (target / STATE_NAME).exists() or not any(target.iterdir())
 
 
-def _prepare_folder(source: Path, target: Path, screen: Screen, shard_bytes: int) -> None:
+@contextmanager
+def _unfinished(
+    source: Path, target: Path, config: bytes, screen: Screen, may_go_on: Callable[[dict[str, Any]], bool]
+) -> Iterator[BinaryIO]:
+    """The folder with all but its weights, and the file of notes while these are made.
+
+    Raises:
+        ConfigurationError: work was begun there that may not go on so: its files would stay among the new ones.
+    """
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _claimed(target) as notes:
+            begun = _read_notes(notes)
+            if begun is not None and not may_go_on(begun):
+                raise ConfigurationError(
+                    f"{target} was begun with other options, text or weights; give those again, or choose another "
+                    "--output"
+                )
             if not target.samefile(source):
-                _copy_small_files(source, target)
+                _copy_small_files(source, target, config)
             if not (target / TOKENIZER_NAME).is_file():
                 screen.say(f"making {TOKENIZER_NAME}")
                 make_tokenizer(target)
-            if not _has_weights(source):
-                _convert(source, target, notes, screen, shard_bytes)
-            elif not target.samefile(source):
-                _link_weights(source, target)
+            yield notes
     except OSError as error:
         raise ConfigurationError(_disk_problem(target, error)) from error
 
@@ -178,12 +211,13 @@ def _claimed(folder: Path) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
-    for pattern in (CONFIG_NAME, *SMALL_FILES, *TOKENIZER_FILES):
+def _copy_small_files(source: Path, target: Path, config: bytes) -> None:
+    """All that are small; `config` is what config.json is going to be."""
+    for pattern in (*SMALL_FILES, *TOKENIZER_FILES):
         for path in source.glob(pattern):
             if path.name != STATE_NAME and not path.name.endswith(".index.json"):
                 with written_whole(target / path.name) as file:
-                    file.write(path.read_bytes())
+                    file.write(config if path.name == CONFIG_NAME else path.read_bytes())
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -241,12 +275,38 @@ def _stamp(pickles: Sequence[Path], shard_bytes: int) -> dict[str, Any]:
     return {"pickles": files, "shard_bytes": shard_bytes}
 
 
-def _read_notes(notes: BinaryIO) -> Any:
+def _is_not_quantised(stamp: dict[str, Any]) -> bool:
+    return QUANTISED not in stamp
+
+
+def _quantise_into(target: Path, job: Job, screen: Screen, shard_bytes: int) -> None:
+    stamp, path = {QUANTISED: job.stamp, "shard_bytes": shard_bytes}, target / STATE_NAME
+    is_resumed = path.is_file() and _parsed(path.read_bytes()) == stamp
+    # what is wrong shows before anything is written
+    work = Work(job, target, is_resumed=is_resumed, shard_bytes=shard_bytes)
+
+    def show(done: int, total: int) -> None:
+        screen.show_progress("quantising", done, total)
+
+    with _unfinished(job.folder, target, job.config, screen, stamp.__eq__) as notes:
+        _write_notes(notes, stamp)
+        if work.note:
+            screen.say(work.note)
+        before, after = work.run(show)
+        screen.say(f"quantised {readable(before)} of weights to {readable(after)} in {target}")
+
+
+def _read_notes(notes: BinaryIO) -> dict[str, Any] | None:
     notes.seek(0)
+    return _parsed(notes.read())
+
+
+def _parsed(notes: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(notes.read())
+        found = json.loads(notes)
     except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _write_notes(notes: BinaryIO, stamp: dict[str, Any]) -> None:

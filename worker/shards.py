@@ -96,11 +96,11 @@ def groups_of(entries: Sequence[Entry], shard_bytes: int) -> Iterator[list[Entry
     yield group
 
 
-def shard_of(source: Path, entries: Sequence[Entry], ties: Mapping[str, str]) -> Shard:
+def shard_of(source: Path, entries: Sequence[Entry], ties: Mapping[str, str] | None = None) -> Shard:
     """Wide types first, so that every tensor begins at a multiple of its item's size."""
     names = {entry.name for entry in entries}
     ordered = sorted(entries, key=lambda entry: -entry.item_bytes)
-    return Shard(source, tuple(ordered), {name: kept for name, kept in ties.items() if kept in names})
+    return Shard(source, tuple(ordered), {name: kept for name, kept in (ties or {}).items() if kept in names})
 
 
 def shard_names(num_shards: int) -> list[str]:

@@ -12,7 +12,7 @@ COMMANDS = {
     "up": "everything on this machine: Redis if none is given, gateways, workers",
     "gateway": "one gateway (needs REDIS_URL)",
     "worker": "one worker (needs REDIS_URL)",
-    "prepare": "fetch a model and convert pickled weights to safetensors",
+    "prepare": "fetch a model, convert pickled weights to safetensors, or quantise them",
     "ctl": "look at and steer a running fleet",
     "chat": "talk to a model in the terminal",
     "demo": "kill a worker in the middle of an answer and watch another go on",

@@ -10,6 +10,7 @@ from common.errors import ConfigurationError
 from common.settings import (
     WITHOUT_MEANING,
     GatewaySettings,
+    PrepareSettings,
     UpSettings,
     WorkerSettings,
     environment_of,
@@ -158,6 +159,45 @@ def test_adapters_have_names_and_sources(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in environment_of(settings, WorkerSettings).items():
         monkeypatch.setenv(name, value)
     assert parse(WorkerSettings, []).adapter_sources == settings.adapter_sources
+
+
+GROUPS_ARE_FOR = "--group-size is for --quantize gptq or --quantize int4"
+GPTQ = ["--quantize", "gptq", "--output", "new"]
+TO_OUTPUT = "--quantize needs --output: a quantised model is never written over the whole one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantize", "awq"], "--quantize: Input should be 'gptq', 'int8' or 'int4'"),
+        (["--quantize", "int8"], TO_OUTPUT),
+        (["--quantize", "int8", "--output", ""], TO_OUTPUT),
+        (GPTQ, "--quantize gptq needs --calibration: a file of text such as the model is for"),
+        ([*GPTQ, "--bits", "3"], "--bits: must be one of 2, 4, 8, not 3"),
+        ([*GPTQ, "--group-size", "100"], "--group-size: must be one of -1, 32, 64, 128, 256, not 100"),
+        ([*GPTQ, "--calibration-tokens", "511"], "--calibration-tokens: Input should be greater than or equal to 512"),
+        (
+            [*GPTQ, "--calibration-tokens", "16777217"],
+            "--calibration-tokens: Input should be less than or equal to 16777216",
+        ),
+        (["--bits", "4"], "--bits is for --quantize gptq"),
+        (["--quantize", "int8", "--output", "new", "--group-size", "64"], GROUPS_ARE_FOR),
+        (["--quantize", "int4", "--output", "new", "--desc-act"], "--desc-act is for --quantize gptq"),
+        (["--calibration", "text"], "--calibration is for --quantize gptq"),
+        (["--calibration-tokens", "600"], "--calibration-tokens is for --quantize gptq"),
+    ],
+)
+def test_bad_options_of_prepare_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(PrepareSettings, ["model", *arguments])
+    assert str(caught.value) == message
+
+
+def test_prepare_knows_what_was_asked_for() -> None:
+    assert parse(PrepareSettings, ["model"]).quantize is None
+    settings = parse(PrepareSettings, ["model", *GPTQ, "--calibration", "text", "--desc-act", "--group-size", "-1"])
+    assert (settings.bits, settings.group_size, settings.desc_act) == (4, -1, True)
+    assert parse(PrepareSettings, ["model", "--quantize", "int4", "--output", "new"]).group_size == 128
 
 
 def test_secrets_do_not_show() -> None:

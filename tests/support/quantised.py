@@ -63,7 +63,7 @@ def _is_of_layer(module: str) -> bool:
 
 
 def _write(folder: Path, out: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config))
 
@@ -258,3 +258,54 @@ def bitsandbytes(kind: str = "nf4", *, block: int = 64, nested_block: int = 4, i
     return Format(
         bits | dict(quant_method="bitsandbytes", bnb_4bit_quant_type="nf4" if kind == "int8" else kind), write
     )
+
+
+GPTQ_ENDS = ("qweight", "qzeros", "scales", "g_idx")
+PACKED_ENDS = ("weight_packed", "weight_scale", "weight_shape")
+
+
+def unpacked(words: Array, num_bits: int) -> Array:
+    """What `packed` packs, with zeros to the end of the last word."""
+    per_word = 32 // num_bits
+    values = np.zeros((words.shape[0], words.shape[1] * per_word), np.int64)
+    for column in range(values.shape[1]):
+        word, place = divmod(column, per_word)
+        values[:, column] = (words[:, word].view(np.uint32) >> np.uint32(place * num_bits)) & ((1 << num_bits) - 1)
+    return values
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = [load_file(folder / name) for name in sorted({*index["weight_map"].values()})]
+    return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def dense_twin(folder: Path, out: Path, num_bits: int, *, is_transposed: bool = False) -> dict[str, Array]:
+    """Write to `out` the model that a folder in GPTQ's first form, or in packed symmetric compressed-tensors, stands
+    for. Returns its matrices [out, in] by the names of modules. `is_transposed`: the dense model stores [in, out]."""
+    tensors, numbers = stored_tensors(folder), {}
+    for name in [name for name in tensors if name.endswith((".qweight", ".weight_packed"))]:
+        module = name.rpartition(".")[0]
+        is_gptq, ends = name.endswith("qweight"), GPTQ_ENDS if name.endswith("qweight") else PACKED_ENDS
+        parts = {end: tensors.pop(f"{module}.{end}") for end in ends}
+        parts = {end: (part.float() if "scale" in end else part).numpy() for end, part in parts.items()}
+        numbers[module] = (_gptq_numbers if is_gptq else _packed_numbers)(parts, num_bits)
+        matrix = numbers[module].astype(np.float32)
+        tensors[f"{module}.weight"] = torch.from_numpy(np.ascontiguousarray(matrix.T if is_transposed else matrix))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    _write(folder, out, tensors, config)
+    return numbers
+
+
+def _gptq_numbers(parts: dict[str, Array], num_bits: int) -> Array:
+    codes = unpacked(parts["qweight"].T, num_bits)
+    zeros = unpacked(parts["qzeros"], num_bits).T[: len(codes)] + 1
+    return numbers_of(codes, zeros, parts["scales"].T, parts["g_idx"])
+
+
+def _packed_numbers(parts: dict[str, Array], num_bits: int) -> Array:
+    num_columns = parts["weight_shape"][1]
+    codes, scales = unpacked(parts["weight_packed"], num_bits)[:, :num_columns], parts["weight_scale"]
+    groups = np.arange(num_columns) // (num_columns // scales.shape[1])
+    return numbers_of(codes, np.full(scales.shape, 1 << num_bits - 1), scales, groups)

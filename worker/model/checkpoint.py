@@ -80,6 +80,16 @@ class Checkpoint:
             )
         return STORED_DTYPES[running[0]]
 
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What the files say of their tensors, by name: dtype, shape, data_offsets."""
+        return {name: entry for name, (_, entry) in self._places.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One as it is stored."""
+        result: Tensor = self._open(self._place(name)[0]).get_tensor(name)
+        return result
+
     def has(self, name: str) -> bool:
         return name in self._places
 
@@ -153,9 +163,8 @@ class Checkpoint:
 
     def _is_bias_of_zeros(self, name: str) -> bool:
         """Tools that quantise write some for products that have none."""
-        path, entry = self._places[name]
-        is_bias = name.endswith(".bias") and entry["dtype"] in STORED_DTYPES
-        return is_bias and not self._open(path).get_tensor(name).any()
+        is_bias = name.endswith(".bias") and self._place(name)[1]["dtype"] in STORED_DTYPES
+        return is_bias and not self.tensor(name).any()
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:

@@ -88,6 +88,11 @@ class Piece:
     expert: int = 0
     order: Tensor | None = None
 
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """Those of the whole of the stored tensor, or of what has the same rows."""
+        rows = torch.cat([matrix[run.start : run.stop] for run in self.part.rows])
+        return rows if self.order is None else rows[self.order]
+
 
 @dataclass(slots=True)
 class Builder:

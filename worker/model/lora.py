@@ -62,12 +62,7 @@ class Target:
 
     def part_of_b(self, b: Tensor) -> Tensor:
         """Of B [out, rank] the rows that the rank adds to its result, in their order there."""
-        return torch.cat([_rows(b, piece) for piece in self.pieces])
-
-
-def _rows(b: Tensor, piece: Piece) -> Tensor:
-    rows = torch.cat([b[run.start : run.stop] for run in piece.part.rows])
-    return rows if piece.order is None else rows[piece.order]
+        return torch.cat([piece.rows_of(b) for piece in self.pieces])
 
 
 @dataclass(frozen=True, slots=True)
