@@ -7,9 +7,9 @@ change.
 
 A batch holds tokens of many adapters and of none. There are two ways through:
 
-    few tokens    A of all slots in one product, of which each token keeps its own slot's part, then B of all slots:
-                  a handful of products whatever the number of adapters
-    many tokens   adapter by adapter, over the tokens that are its own
+    together       A of all slots in one product, of which each token keeps its own slot's part, then B of all slots:
+                   a handful of products whatever the number of adapters; for few tokens, or slots that are narrow
+    one by one     adapter by adapter, over the tokens that are its own
 
 Ranks that hold rows of W hold the same rows of B and all of A; those that hold columns of W hold these columns of A and
 all of B, and what they add to their parts is summed with them.
@@ -34,8 +34,9 @@ from worker.model.weights import Linear
 if TYPE_CHECKING:
     from worker.model.loading import Piece
 
-FEW_COLUMNS = 4096
-"""Up to so many tokens times the rank, all slots in one product cost less than a product for each adapter."""
+FEW_COLUMNS, NARROW_SLOTS = 4096, 512
+"""Up to so many tokens times the rank, or columns of all slots together, one product of all slots costs less than one
+for each adapter, whose tokens have to be gathered and put back."""
 
 MOST_WITH_ZEROS = 750_000
 """Elements of a B that has zeros beside the matrices of several targets. A small product takes as long as twice such a
@@ -145,7 +146,9 @@ class AdaptedLinear:
                 if isinstance(tokens, slice):
                     result[tokens, target.place].addmm_(part, rows)
                 else:
-                    result[:, target.place].index_add_(0, tokens, part @ rows)
+                    # not index_add_, which copies all of a result whose columns are only a part
+                    own_result = result[:, target.place]
+                    own_result[tokens] = own_result[tokens].addmm_(part, rows)
 
     # What the slots hold.
 
@@ -297,7 +300,9 @@ class LoraSlots:
         """Begin a step whose tokens use `slots` [t]; below zero is no adapter."""
         distinct = np.unique(slots[slots >= 0]).tolist()
         rank = max(self._ranks, default=0)
-        if len(distinct) > 1 and len(slots) * rank <= FEW_COLUMNS:
+        is_of_one = len(distinct) == 1 and bool((slots == distinct[0]).all())
+        is_small = len(slots) * rank <= FEW_COLUMNS or len(self._ranks) * rank <= NARROW_SLOTS
+        if distinct and is_small and not is_of_one:
             owners = torch.arange(len(self._ranks)).repeat_interleave(rank)
             others = torch.from_numpy(slots)[:, None] != owners
             self.step = LoraStep({number: others.repeat(1, number) for number in self._numbers})

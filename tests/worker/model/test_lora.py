@@ -123,6 +123,7 @@ def error_of(case: Case, order: tuple[int, ...] = (0, 1, 2)) -> float:
 def way(request, monkeypatch) -> str:
     if request.param == "by adapter":
         monkeypatch.setattr(lora, "FEW_COLUMNS", 0)
+        monkeypatch.setattr(lora, "NARROW_SLOTS", 0)
     elif request.param == "together, part by part":
         monkeypatch.setattr(lora, "MOST_WITH_ZEROS", 0)
     return request.param
