@@ -22,8 +22,11 @@ WRONG_ENGINE = (sys.executable, "-m", "tests.support.wrong_worker")
 class BlindDigests(BlockDigests):
     """Digests of how many tokens there are, not of which."""
 
-    def extend(self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int) -> None:
-        super().extend(digests, array(tokens.typecode, bytes(len(tokens) * tokens.itemsize)), salt, num_blocks)
+    def extend(
+        self, digests: list[bytes], tokens: array[int], salt: str, num_blocks: int, adapter_digest: str = ""
+    ) -> None:
+        nothing = array(tokens.typecode, bytes(len(tokens) * tokens.itemsize))
+        super().extend(digests, nothing, salt, num_blocks, adapter_digest)
 
 
 class WrongScheduler(Scheduler):
