@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from ops.bench import load, redis_cost, start
+from ops.bench import load, lora, quant, redis_cost, start
 
 if __name__ == "__main__":
-    for measurement in (redis_cost, start, load):
+    for measurement in (redis_cost, start, load, quant, lora):
         measurement.main(sys.argv[1:])
