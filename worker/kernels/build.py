@@ -1,0 +1,181 @@
+"""Compiles the C++ kernels for this processor when they are first needed, and keeps what came out of it.
+
+One library for each instruction set level, named by a digest of everything that went into it, so that a changed source,
+compiler or flag is another file. Without a compiler, or on another processor, there is no library and torch does it all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from common.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "source"
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+COMPILE_LIMIT_S = 300.0
+"""A compiler that takes longer hangs; the kernels take some seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An instruction set level: what the processor must have, in the words of /proc/cpuinfo, and how to compile."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_BF16 = (*_AVX512, "avx512vbmi", "avx512_bf16")
+_AMX = (*_AVX512_BF16, "amx_tile", "amx_bf16")
+
+
+def _level(name: str, needs: Iterable[str], *flags: str) -> Level:
+    spelled = (f"-m{need.replace('avx512_', 'avx512').replace('amx_', 'amx-')}" for need in needs)
+    return Level(name, frozenset(needs), (*spelled, *flags))
+
+
+LEVELS = (
+    _level("amx", _AMX, "-mfma", "-mprefer-vector-width=512"),
+    _level("avx512_bf16", _AVX512_BF16, "-mfma", "-mprefer-vector-width=512"),
+    _level("avx512", _AVX512, "-mfma", "-mprefer-vector-width=512"),
+    _level("avx2", ("avx2", "fma", "f16c")),
+)
+"""Best first."""
+
+CHOICES = ("auto", *(level.name for level in LEVELS), "off")
+"""Of `--cpu-kernels`."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor says it can do; nothing where that cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def supported_levels(flags: frozenset[str]) -> list[Level]:
+    return [level for level in LEVELS if level.needs <= flags]
+
+
+@cache
+def load_library(choice: str = "auto") -> ctypes.CDLL | None:
+    """The kernels at the level `choice`, or at the best this processor has; None means torch alone, and the log says
+    why.
+
+    Raises:
+        ConfigurationError: the level that was asked for by name cannot be had here.
+    """
+    if choice == "off":
+        return None
+    levels = [level for level in supported_levels(cpu_flags()) if choice in ("auto", level.name)]
+    if choice != "auto" and not levels:
+        have = ", ".join(level.name for level in supported_levels(cpu_flags())) or "none of them"
+        raise ConfigurationError(f"--cpu-kernels {choice}: this processor does not have it; it has {have}")
+    try:
+        libraries = (_opened(level) for level in levels)
+        found = next(filter(None, libraries), None)
+    except _CannotCompile as error:
+        if choice != "auto":
+            raise ConfigurationError(f"--cpu-kernels {choice}: {error}") from error
+        log.warning("no kernels of our own, torch does it all, more slowly: %s", error)
+        return None
+    if found is None:
+        log.warning("no kernels of our own for this processor, torch does it all, more slowly")
+    return found
+
+
+class _CannotCompile(Exception):
+    pass
+
+
+def _opened(level: Level) -> ctypes.CDLL | None:
+    """None if the system does not let the process use the level."""
+    path = compiled(level, cache_folder())
+    # they share torch's threads: two pools would take each other's cores
+    bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    ctypes.CDLL(str(bundled) if bundled.exists() else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
+    return library if library.inferfleet_is_usable() else None
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "inferfleet" / "kernels"
+
+
+def compiled(level: Level, folder: Path) -> Path:
+    """The library of a level in `folder`, compiled there unless it is there already.
+
+    Raises:
+        _CannotCompile: no compiler, no place to write to, or an error of the compiler.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise _CannotCompile("there is no C++ compiler (g++) on the path")
+    path = folder / f"{level.name}-{_digest(compiler, level)}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(compiler, level, path)
+    except OSError as error:
+        raise _CannotCompile(f"{folder} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _digest(compiler: str, level: Level) -> str:
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=COMPILE_LIMIT_S).stdout
+    digest = hashlib.sha256(repr((compiler, version, COMMON_FLAGS, level.flags)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, level: Level, path: Path) -> None:
+    log.info("compiling kernels for %s, which is done once", level.name)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
+        flags = [*COMMON_FLAGS, *level.flags]
+        _run([[compiler, *flags, "-c", str(SOURCES / f"{each.stem}.cpp"), "-o", str(each)] for each in objects])
+        # not linked with -fopenmp: its symbols are to come from the copy that torch has loaded
+        linked = Path(scratch) / path.name
+        _run([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
+        linked.replace(path)
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """All at once."""
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in running:
+            _, said = process.communicate(timeout=COMPILE_LIMIT_S)
+            if process.returncode:
+                raise _CannotCompile(f"the compiler failed: {said.strip()[:500]}")
+    except subprocess.TimeoutExpired as error:
+        raise _CannotCompile("the compiler takes too long") from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
