@@ -297,6 +297,9 @@ class WorkerSettings(CommonSettings):
         "enable_prefix_caching",
     )
     attention: Literal["auto", "cpu", "reference"] = option("auto", "attention implementation")
+    cpu_kernels: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "off"] = option(
+        "auto", "instruction set that C++ kernels are compiled for; off: torch alone"
+    )
     worker_id: str = option("", "name of this worker on Redis; random when empty", max_length=64)
     threads: Annotated[int, Field(ge=0)] = option(
         0, "CPU threads of the engine, all its ranks here together; 0: all cores this worker may use"

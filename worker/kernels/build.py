@@ -1,7 +1,7 @@
 """Compiles the C++ kernels for this processor when they are first needed, and keeps what came out of it.
 
 One library for each instruction set level, named by a digest of everything that went into it, so that a changed source,
-compiler or flag is another file. Without a compiler, or on another processor, there is no library and torch does it all.
+compiler or flag is another file. Without a compiler, or on another processor, there is none and torch does it all.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def compiled(level: Level, folder: Path) -> Path:
 
 
 def _digest(compiler: str, level: Level) -> str:
-    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=COMPILE_LIMIT_S).stdout
+    version = subprocess.check_output([compiler, "-dumpfullversion"], timeout=COMPILE_LIMIT_S)
     digest = hashlib.sha256(repr((compiler, version, COMMON_FLAGS, level.flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")

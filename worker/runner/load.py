@@ -15,6 +15,8 @@ from worker.attention import Attention
 from worker.attention.cpu import CpuAttention
 from worker.attention.pages import choose_kv_type, page_width
 from worker.attention.reference import ReferenceAttention
+from worker.kernels.build import load_library
+from worker.kernels.products import pack
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
 from worker.model.decoder import Decoder
@@ -178,11 +180,12 @@ def _load(
     def report(done: int, total: int) -> None:
         on_progress("weights", done, total)
 
+    kernels = load_library(settings.cpu_kernels)
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
     if isinstance(spec, T5Spec):
         t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
-        return T5(spec, t5_weights, attention, group)
-    weights = load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
+        return T5(spec, pack(t5_weights, kernels), attention, group)
+    weights = pack(load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters), kernels)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest)
 
