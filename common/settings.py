@@ -285,7 +285,7 @@ class WorkerSettings(CommonSettings):
         None, "prompt tokens per engine step", "max_batch_prefill_tokens", "max_num_batched_tokens"
     )
     prefill_step: Annotated[float, Field(ge=0)] = option(
-        0.2, "seconds that an engine step may last for the sake of prompts while others decode; 0: no bound"
+        0.2, "seconds that a step may last for prompts while others decode, whom they at most slow by half; 0: no bound"
     )
     max_num_seqs: Annotated[int, Field(gt=0, le=4096)] = option(256, "requests in one batch", "max_num_seqs")
     kv_tokens: PositiveInt | None = option(None, "tokens of KV cache; none: chosen from the free memory")

@@ -162,7 +162,7 @@ class EngineLoop:
     def _schedule(self) -> Launch | None:
         if not self.scheduler.has_requests or self._uncommitted.is_full:
             return None
-        budget = self.pacer.budget(anyone_decodes=self.scheduler.anyone_decodes)
+        budget = self.pacer.budget(self.scheduler.num_decoding)
         launch = self.scheduler.schedule(budget)
         if launch is None and not self._pending and self.scheduler.has_requests:
             raise EngineStalled("requests wait and no step can be launched")
@@ -175,7 +175,7 @@ class EngineLoop:
         now = self.clock()
         seconds = now - max(pending.launched_at, self._last_applied_at)
         self._last_applied_at = now
-        self.pacer.note(pending.launch.num_prompt_tokens, seconds)
+        self.pacer.note(pending.launch.num_prompt_tokens, pending.launch.num_decodes, seconds)
         self._send(runs, seconds)
 
     def _send_answers(self) -> None:

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-SMALLEST_CHUNK = 64
+SMALLEST_CHUNK = 32
 WEIGHT_OF_LAST = 0.3
+
+SHARE_OF_PROMPTS = 0.8
+"""Of the time that a step takes without prompts. Streams then slow down to little more than half of their speed, and
+prompts get little less than half of the device, however fast either is."""
 
 
 class PrefillPacer:
-    """Learns what a prompt token costs and keeps mixed steps near `target_s`; 0 switches it off.
+    """Learns what a prompt token and a step without prompts cost. A mixed step may last SHARE_OF_PROMPTS longer than
+    the same one without prompts, and no longer than `limit_s`; a `limit_s` of 0 switches both off.
 
     With nobody decoding the whole `max_tokens` are given: then nothing but the prompts themselves would wait.
     """
 
-    def __init__(self, max_tokens: int, target_s: float) -> None:
-        self.max_tokens, self.target_s = max_tokens, target_s
+    def __init__(self, max_tokens: int, limit_s: float) -> None:
+        self.max_tokens, self.limit_s = max_tokens, limit_s
         self._seconds_per_token = 0.0
+        self._decode_s: dict[int, float] = {}
 
-    def budget(self, *, anyone_decodes: bool) -> int:
-        if not anyone_decodes or self.target_s <= 0 or self._seconds_per_token <= 0:
+    def budget(self, num_decodes: int) -> int:
+        """For a step beside so many requests that decode."""
+        if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
             return self.max_tokens
-        return min(self.max_tokens, max(SMALLEST_CHUNK, int(self.target_s / self._seconds_per_token)))
+        decode_s = self._seconds_of(num_decodes)
+        seconds = self.limit_s
+        if decode_s:
+            seconds = min(self.limit_s - decode_s, SHARE_OF_PROMPTS * decode_s)
+        return min(self.max_tokens, max(SMALLEST_CHUNK, int(seconds / self._seconds_per_token)))
 
-    def note(self, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with that many prompt tokens took that long. Few of them say nothing about their cost."""
-        if num_prompt_tokens < SMALLEST_CHUNK:
-            return
-        cost = seconds / num_prompt_tokens
-        before = self._seconds_per_token or cost
-        self._seconds_per_token = before + WEIGHT_OF_LAST * (cost - before)
+    def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
+        """A step of that many took that long. Few prompt tokens say nothing about their cost."""
+        if num_prompt_tokens == 0:
+            size = num_decodes.bit_length()
+            self._decode_s[size] = _moved(self._decode_s.get(size, 0.0), seconds)
+        elif num_prompt_tokens >= min(SMALLEST_CHUNK, self.max_tokens):
+            # what a hiccup of decoding made cheaper than nothing is no cost
+            rest = max(seconds - self._seconds_of(num_decodes), 0.1 * seconds)
+            self._seconds_per_token = _moved(self._seconds_per_token, rest / num_prompt_tokens)
+
+    def _seconds_of(self, num_decodes: int) -> float:
+        """What a step of so many takes without prompts, or one of fewer that was seen; 0.0 if there was none."""
+        known = [size for size in self._decode_s if size <= num_decodes.bit_length()]
+        return self._decode_s[max(known)] if known else 0.0
+
+
+def _moved(before: float, found: float) -> float:
+    return before + WEIGHT_OF_LAST * (found - before) if before else found

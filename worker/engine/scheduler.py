@@ -107,8 +107,8 @@ class Scheduler:
         return bool(self.requests)
 
     @property
-    def anyone_decodes(self) -> bool:
-        return any(request.num_output + request.num_in_flight for request in self.running)
+    def num_decoding(self) -> int:
+        return sum(request.num_output + request.num_in_flight > 0 for request in self.running)
 
     def snapshot(self) -> dict[str, float]:
         """The counters and gauges of a `Step` message, all but the time."""
