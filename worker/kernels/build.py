@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from common.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 COMPILE_LIMIT_S = 300.0
 """A compiler that takes longer hangs; the kernels take some seconds."""
 
@@ -108,11 +106,8 @@ class _CannotCompile(Exception):
 
 def _opened(level: Level) -> ctypes.CDLL | None:
     """None if the system does not let the process use the level."""
-    path = compiled(level, cache_folder())
-    # they share torch's threads: two pools would take each other's cores
-    bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    ctypes.CDLL(str(bundled) if bundled.exists() else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(compiled(level, cache_folder())))
+    library.inferfleet_set_threads.argtypes = [ctypes.c_int64]
     return library if library.inferfleet_is_usable() else None
 
 
@@ -158,7 +153,6 @@ def _compile(compiler: str, level: Level, path: Path) -> None:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
         flags = [*COMMON_FLAGS, *level.flags]
         _run([[compiler, *flags, "-c", str(SOURCES / f"{each.stem}.cpp"), "-o", str(each)] for each in objects])
-        # not linked with -fopenmp: its symbols are to come from the copy that torch has loaded
         linked = Path(scratch) / path.name
         _run([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
         linked.replace(path)

@@ -181,6 +181,8 @@ def _load(
         on_progress("weights", done, total)
 
     kernels = load_library(settings.cpu_kernels)
+    if kernels is not None:
+        kernels.inferfleet_set_threads(torch.get_num_threads())
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
     if isinstance(spec, T5Spec):
         t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)

@@ -11,4 +11,6 @@ LEVELS = [level.name for level in supported_levels(cpu_flags())]
 def library(request):
     """The kernels at each level that this processor has."""
     assert LEVELS, "this processor has no level that kernels are written for"
-    return load_library(request.param)
+    library = load_library(request.param)
+    library.inferfleet_set_threads(3)
+    return library

@@ -10,11 +10,11 @@
 //
 // Rows of results are sums in one order, whatever the number of rows: a row does not depend on its company.
 
+#include "pool.h"
 #include "vectors.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <omp.h>
 
 namespace {
 
@@ -151,12 +151,11 @@ void multiply_with_vectors(const Product& p) {
     int64_t num_panels = ceil_div(p.n, PANEL), most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS);
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t end = std::min(begin + most, p.num_rows);
-#pragma omp parallel for schedule(dynamic, 1)
-        for (int64_t panel = 0; panel < num_panels; ++panel) {
+        for_each_in_parallel(num_panels, [&](int64_t panel) {
             const T* packed = (const T*)p.packed + panel * panel_elements<T>(p.k);
             for (int64_t row = begin; row < end; row += MOST_ROWS)
                 last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed);
-        }
+        });
     }
 }
 
@@ -225,35 +224,37 @@ void lay_out_rows(const Product& p, int64_t first, int64_t count, int64_t num_st
     }
 }
 
+// All rows of a block against one panel.
+void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* x, int64_t panel, int64_t num_steps) {
+    const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
+    int64_t tile_rows = num_steps * TILE * STEP;
+    for (int64_t row = 0; row < count; row += 2 * TILE) {
+        int64_t upper = std::min(TILE, count - row), lower = std::min(TILE, count - row - upper);
+        if (row == 0 || upper + lower < 2 * TILE) configure(upper, lower);
+        alignas(64) float sums[2 * TILE * PANEL];
+        const bf16* tiles = x + row / TILE * tile_rows;
+        if (lower) tiles_by_panel<true>(tiles, tiles + tile_rows, packed, num_steps, sums);
+        else tiles_by_panel<false>(tiles, nullptr, packed, num_steps, sums);
+        for (int64_t each = 0; each < upper + lower; ++each) {
+            const float* sum = sums + each * PANEL;
+            finish<bf16>(load(sum), load(sum + LANES), p, begin + row + each, panel);
+        }
+    }
+}
+
 void multiply_with_tiles(const Product& p) {
-    int64_t num_panels = ceil_div(p.n, PANEL), num_steps = ceil_div(p.k, STEP);
-    int64_t most = rows_at_a_time(num_steps * STEP * sizeof(bf16), 2 * TILE), tile_rows = num_steps * TILE * STEP;
+    int64_t num_panels = ceil_div(p.n, PANEL), num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
+    int64_t most = rows_at_a_time(num_steps * STEP * sizeof(bf16), 2 * TILE);
     bf16* x = (bf16*)scratch(ceil_div(std::min(most, p.num_rows), TILE) * tile_rows * sizeof(bf16));
-#pragma omp parallel
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t count = std::min(most, p.num_rows - begin);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; row += TILE)
-            lay_out_rows(p, begin + row, std::min(TILE, count - row), num_steps, x + row * num_steps * STEP);
-        configure(TILE, TILE);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t panel = 0; panel < num_panels; ++panel) {
-            const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
-            for (int64_t row = 0; row < count; row += 2 * TILE) {
-                int64_t upper = std::min(TILE, count - row), lower = std::min(TILE, count - row - upper);
-                if (upper + lower < 2 * TILE) configure(upper, lower);
-                alignas(64) float sums[2 * TILE * PANEL];
-                const bf16* tiles = x + row * num_steps * STEP;
-                if (lower) tiles_by_panel<true>(tiles, tiles + tile_rows, packed, num_steps, sums);
-                else tiles_by_panel<false>(tiles, nullptr, packed, num_steps, sums);
-                for (int64_t each = 0; each < upper + lower; ++each) {
-                    const float* sum = sums + each * PANEL;
-                    finish<bf16>(load(sum), load(sum + LANES), p, begin + row + each, panel);
-                }
-                if (upper + lower < 2 * TILE && panel + 1 < num_panels) configure(TILE, TILE);
-            }
-        }
-        _tile_release();
+        for_each_in_parallel(ceil_div(count, TILE), [&](int64_t tile) {
+            lay_out_rows(p, begin + tile * TILE, std::min(TILE, count - tile * TILE), num_steps, x + tile * tile_rows);
+        });
+        in_parallel(num_panels, [&](Pieces& panels) {
+            for (int64_t panel; panels.next(panel);) multiply_panel(p, begin, count, x, panel, num_steps);
+            _tile_release();
+        });
     }
 }
 
@@ -278,10 +279,10 @@ void pack_panel(const bf16* from, int64_t count, int64_t k, int64_t stride, bf16
 
 template <class T>
 void pack(const T* from, int64_t n, int64_t k, int64_t stride, T* to) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < ceil_div(n, PANEL); ++panel)
+    for_each_in_parallel(ceil_div(n, PANEL), [&](int64_t panel) {
         pack_panel(from + panel * PANEL * stride, std::min(PANEL, n - panel * PANEL), k, stride,
                    to + panel * panel_elements<T>(k));
+    });
 }
 
 int64_t place_of_element(const float*, int64_t column, int64_t at) { return at * PANEL + column; }
@@ -289,12 +290,11 @@ int64_t place_of_element(const bf16*, int64_t column, int64_t at) { return place
 
 template <class T>
 void unpack_rows(const Matrix& matrix, const int64_t* rows, int64_t count, T* out) {
-#pragma omp parallel for schedule(static) if (count > 16)
-    for (int64_t index = 0; index < count; ++index) {
+    for_each_in_parallel(count, [&](int64_t index) {
         const T* panel = (const T*)matrix.packed + rows[index] / PANEL * panel_elements<T>(matrix.k);
         for (int64_t at = 0; at < matrix.k; ++at)
             out[index * matrix.k + at] = panel[place_of_element(panel, rows[index] % PANEL, at)];
-    }
+    });
 }
 
 }  // namespace

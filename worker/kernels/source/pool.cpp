@@ -1,0 +1,143 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <climits>
+#include <mutex>
+#include <thread>
+
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int NUM_SPINS = 4000;         // of a helper before it sleeps: longer than the caller takes between two kernels
+constexpr int SPINS_BEFORE_YIELD = 200; // of the caller, who may be what keeps a helper from its core
+constexpr uint64_t INDEX_MASK = 0xffffffff;
+
+// The number of a job in the upper half, of its next piece in the lower. A piece is claimed by raising this number, which
+// fails once another job has begun.
+alignas(64) std::atomic<uint64_t> ticket{0};
+alignas(64) std::atomic<int64_t> num_done{0};
+alignas(64) std::atomic<uint32_t> newest_job{0};  // the address that helpers sleep on
+std::atomic<int> num_asleep{0};
+std::atomic<int64_t> job_count{0};
+std::atomic<void (*)(void*, Pieces&)> job_work{nullptr};
+std::atomic<void*> job_context{nullptr};
+
+std::mutex owner;  // of the pool; who finds it taken works alone
+std::atomic<int64_t> num_helpers{0};
+std::atomic<int64_t> num_started{0};
+
+void sleep_until_newer(uint32_t job) {
+    num_asleep.fetch_add(1);
+    syscall(SYS_futex, &newest_job, FUTEX_WAIT_PRIVATE, job, nullptr, nullptr, 0);
+    num_asleep.fetch_sub(1);
+}
+
+void wake(int64_t count) { syscall(SYS_futex, &newest_job, FUTEX_WAKE_PRIVATE, (int)std::min<int64_t>(count, INT_MAX)); }
+
+uint32_t wait_for_job_after(uint32_t job) {
+    for (int spin = 0; newest_job.load(std::memory_order_acquire) == job; ++spin) {
+        if (spin < NUM_SPINS) _mm_pause();
+        else sleep_until_newer(job);
+    }
+    return newest_job.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+bool Pieces::claim(int64_t& index) {
+    uint64_t seen = ticket.load(std::memory_order_acquire);
+    while (seen >> 32 == job_ && (int64_t)(seen & INDEX_MASK) < count_)
+        if (ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) {
+            index = held_ = seen & INDEX_MASK;
+            return true;
+        }
+    return false;
+}
+
+bool Pieces::next(int64_t& index) {
+    if (is_alone_) {
+        index = ++held_;
+        return index < count_;
+    }
+    if (is_first_) {
+        // was claimed before the work began
+        is_first_ = false;
+        index = held_;
+        return true;
+    }
+    if (held_ >= 0) {
+        held_ = -1;
+        num_done.fetch_add(1, std::memory_order_acq_rel);
+    }
+    return claim(index);
+}
+
+struct Helper {
+    static void run(int64_t number) {
+        for (uint32_t job = 0;;) {
+            job = wait_for_job_after(job);
+            if (number < num_helpers.load()) take_part(job);
+        }
+    }
+
+    // A job that has ended meanwhile cannot be claimed from, whatever is read of it here.
+    static void take_part(uint32_t job) {
+        auto work = job_work.load(std::memory_order_acquire);
+        void* context = job_context.load(std::memory_order_acquire);
+        Pieces pieces(job, job_count.load(std::memory_order_acquire));
+        int64_t index;
+        if (!pieces.claim(index)) return;
+        pieces.is_first_ = true;
+        work(context, pieces);
+    }
+};
+
+namespace {
+
+void start_helpers(int64_t count) {
+    for (int64_t number = num_started.load(); number < count; ++number) {
+        std::thread(Helper::run, number).detach();
+        num_started.store(number + 1);
+    }
+}
+
+}  // namespace
+
+void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context) {
+    if (count <= 0) return;
+    std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
+    if (count == 1 || num_helpers.load() == 0 || !lock.owns_lock()) {
+        Pieces alone(0, count);
+        alone.is_alone_ = true;
+        return work(context, alone);
+    }
+    uint32_t job = newest_job.load() + 1;
+    if (job == 0) job = 1;
+    job_work.store(work), job_context.store(context), job_count.store(count);
+    num_done.store(0);
+    ticket.store((uint64_t)job << 32, std::memory_order_release);
+    newest_job.store(job);
+    if (num_asleep.load()) wake(std::min(num_helpers.load(), count - 1));
+    Pieces own(job, count);
+    work(context, own);
+    for (int spin = 0; num_done.load(std::memory_order_acquire) < count; ++spin) {
+        if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
+        else sched_yield();
+    }
+}
+
+int64_t num_threads() { return num_helpers.load() + 1; }
+
+EXPORT void inferfleet_set_threads(int64_t count) {
+    std::lock_guard<std::mutex> lock(owner);
+    start_helpers(count - 1);
+    num_helpers.store(count - 1);
+}
