@@ -24,7 +24,16 @@ from common.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-pthread",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
 COMPILE_LIMIT_S = 300.0
 """A compiler that takes longer hangs; the kernels take some seconds."""
 

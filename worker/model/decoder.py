@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.attention import Attention, Batch, LayerShape
-from worker.attention.pages import write_pages
 from worker.model import rope
-from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, mlp, rms_norm, softcap
+from worker.model.layers import mlp, softcap
 from worker.model.moe import mixture
-from worker.model.spec import Norm, QkNorm, Residual, Rope, Spec
+from worker.model.operations import Operations, Turns
+from worker.model.spec import QkNorm, Residual, Rope, Spec
 from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MoeWeights, NormWeights
 from worker.parallel.group import Alone, Group
-
-Turns = tuple[Tensor, Tensor]
 
 
 @dataclass(slots=True)
@@ -55,6 +53,7 @@ class Decoder:
         attention: Attention,
         group: Group | None = None,
         max_length: int | None = None,
+        operations: Operations | None = None,
     ) -> None:
         self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
@@ -62,8 +61,8 @@ class Decoder:
         self._num_heads = len(shard.heads(spec.num_heads))
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
         self.vocabulary = shard.bounds(spec.vocab_size)
-        self._activation = ACTIVATION_FUNCTIONS[spec.activation]
-        self._normalise = rms_norm if spec.norm is Norm.RMS else layer_norm
+        self._operations = operations or Operations()
+        self._activate = self._operations.activation(spec.activation, is_gated=spec.is_gated)
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._frequencies = {
             turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
@@ -135,8 +134,18 @@ class Decoder:
 
     def _sequential(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         part = self._attend(self._norm(x, weights.attention_norm), weights, step, layer)
+        x, normed = self._add_and_norm(x, part, weights)
+        return self._add(x, self._feed_forward(normed, weights), weights.mlp_out_norm)
+
+    def _add_and_norm(self, x: Tensor, part: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+        """Hidden states behind attention, and what the feed-forward network sees of them."""
+        spec = self.spec
+        is_plain = spec.residual is Residual.SEQUENTIAL and spec.residual_scale == 1.0
+        if is_plain and weights.mlp_norm is not None:
+            part = self.group.all_reduce(part)
+            return self._operations.add_and_normalise(x, part, weights.mlp_norm, spec.norm_eps, spec.norm)
         x = self._add(x, part, weights.attention_out_norm)
-        return self._add(x, self._feed_forward(self._norm(x, weights.mlp_norm), weights), weights.mlp_out_norm)
+        return x, self._norm(x, weights.mlp_norm)
 
     def _add(self, x: Tensor, part: Tensor, norm: NormWeights | None) -> Tensor:
         part = self.group.all_reduce(part)
@@ -146,13 +155,15 @@ class Decoder:
         return x + (part if self.spec.residual_scale == 1.0 else part * self.spec.residual_scale)
 
     def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
-        return x if weights is None else self._normalise(x, weights, self.spec.norm_eps)
+        if weights is None:
+            return x
+        return self._operations.normalise(x, weights, self.spec.norm_eps, self.spec.norm)
 
     def _feed_forward(self, x: Tensor, weights: LayerWeights) -> Tensor:
         if isinstance(weights.mlp, MoeWeights):
             assert self.spec.moe is not None
-            return mixture(x, weights.mlp, self.spec.moe, self._activation)
-        return mlp(x, weights.mlp, self._activation, is_gated=self.spec.is_gated)
+            return mixture(x, weights.mlp, self.spec.moe, self._activate)
+        return mlp(x, weights.mlp, self._activate)
 
     # Attention.
 
@@ -164,14 +175,10 @@ class Decoder:
         turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
         if weights.qk_norm is not None:
             turned = self._normalise_qk(turned, weights.qk_norm)
-        turning = self.spec.ropes[layer]
-        if turning is not None:
-            turned = rope.rotate(turned, *step.turns[turning])
-        q, k = torch.split(turned, [num_heads, num_kv_heads], 1)
-        k_pages, v_pages = step.pages[layer]
-        write_pages(k_pages, k, step.slots)
-        write_pages(v_pages, v, step.slots)
-        attended = self._attention.attend(q, k_pages, v_pages, step.meta, self._shapes[layer])
+        turning, pages = self.spec.ropes[layer], step.pages[layer]
+        turns = None if turning is None else step.turns[turning]
+        q = self._operations.turn_and_write(turned, v, num_heads, turns, pages, step.slots)
+        attended = self._attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
         return weights.out(attended.flatten(1))
 
     def _normalise_qk(self, heads: Tensor, weights: NormWeights) -> Tensor:

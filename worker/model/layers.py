@@ -45,13 +45,9 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mlp(x: Tensor, weights: MlpWeights, activation: Callable[[Tensor], Tensor], *, is_gated: bool) -> Tensor:
+def mlp(x: Tensor, weights: MlpWeights, activate: Callable[[Tensor], Tensor]) -> Tensor:
     """The feed-forward network of one rank, whose results ranks add up. [t, hidden] -> [t, hidden]."""
-    inner = weights.up(x)
-    if not is_gated:
-        return weights.down(activation(inner))
-    gate, up = inner.chunk(2, -1)
-    return weights.down(activation(gate) * up)
+    return weights.down(activate(weights.up(x)))
 
 
 def softcap(x: Tensor, limit: float) -> Tensor:

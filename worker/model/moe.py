@@ -19,16 +19,16 @@ GROUPED_ALIGNMENT = 16
 """Bytes; the rows of matrices must begin at multiples of it for the grouped product."""
 
 
-def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activate: Callable[[Tensor], Tensor]) -> Tensor:
     """The experts' part of one rank, whose results ranks add up (Shazeer et al., arXiv 1701.06538).
 
     [t, hidden] -> [t, hidden]. Every rank holds a slice of every expert, so all route alike.
     """
     shares, chosen = route(x, weights.router, moe)
-    result = _experts(x, weights, shares, chosen, activation)
+    result = _experts(x, weights, shares, chosen, activate)
     if weights.shared is None:
         return result
-    shared = mlp(x, weights.shared, activation, is_gated=True)
+    shared = mlp(x, weights.shared, activate)
     if weights.shared_gate is not None:
         shared = F.linear(x, weights.shared_gate).sigmoid() * shared
     return result + shared
@@ -45,14 +45,13 @@ def route(x: Tensor, router: Tensor, moe: Moe) -> tuple[Tensor, Tensor]:
 
 
 def _experts(
-    x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activation: Callable[[Tensor], Tensor]
+    x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activate: Callable[[Tensor], Tensor]
 ) -> Tensor:
     num_tokens, num_active = chosen.shape
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(len(weights.router), device=x.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-    gate, up = weights.up(x[order // num_active], ends).chunk(2, -1)
-    parts = weights.down(activation(gate) * up, ends)
+    parts = weights.down(activate(weights.up(x[order // num_active], ends)), ends)
     # back in the order of tokens, whose parts are then added up without any other token having a say
     sorted_back = torch.empty_like(parts)
     sorted_back[order] = parts

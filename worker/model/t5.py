@@ -28,11 +28,12 @@ from worker.attention import Attention, Batch, LayerShape
 from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
-from worker.model.layers import ACTIVATION_FUNCTIONS, mlp, rms_norm
+from worker.model.layers import mlp
 from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
 from worker.model.lora import LoraSlots
+from worker.model.operations import Operations
 from worker.model.quant.scheme import NOT_QUANTISED, Quantisation
-from worker.model.spec import T5Spec
+from worker.model.spec import Norm, T5Spec
 from worker.model.weights import Embedding, Linear, MlpWeights, NormWeights, Part, TensorSource
 from worker.parallel.group import Alone, Group
 from worker.parallel.shard import WHOLE, Shard
@@ -87,13 +88,21 @@ class T5Weights:
 class T5:
     """Forward passes of encoder and decoder on one rank. Holds weights, no state of requests."""
 
-    def __init__(self, spec: T5Spec, weights: T5Weights, attention: Attention, group: Group | None = None) -> None:
+    def __init__(
+        self,
+        spec: T5Spec,
+        weights: T5Weights,
+        attention: Attention,
+        group: Group | None = None,
+        operations: Operations | None = None,
+    ) -> None:
         self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
         self._head_shape = (self.num_kv_heads, spec.head_dim)
         self.vocabulary = self.group.shard.bounds(spec.vocab_size)
-        self._activation = ACTIVATION_FUNCTIONS[spec.activation]
+        self._operations = operations or Operations()
+        self._activate = self._operations.activation(spec.activation, is_gated=spec.is_gated)
         self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
         self._decoder_shape = LayerShape(scale=1.0, bias=weights.decoder.bias)
 
@@ -147,7 +156,7 @@ class T5:
         return vocabulary_parallel_embedding(tokens, self.weights.embed, self.vocabulary, self.group)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
-        return rms_norm(x, weights, self.spec.norm_eps)
+        return self._operations.normalise(x, weights, self.spec.norm_eps, Norm.RMS)
 
     def _attend(
         self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
@@ -165,7 +174,7 @@ class T5:
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:
-        part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activation, is_gated=self.spec.is_gated)
+        part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activate)
         return self.group.all_reduce(part)
 
 

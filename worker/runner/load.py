@@ -16,6 +16,7 @@ from worker.attention.cpu import CpuAttention
 from worker.attention.pages import choose_kv_type, page_width
 from worker.attention.reference import ReferenceAttention
 from worker.kernels.build import load_library
+from worker.kernels.elementwise import CpuOperations
 from worker.kernels.products import pack
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
@@ -24,6 +25,7 @@ from worker.model.families import read_spec
 from worker.model.families.base import Family
 from worker.model.loading import load_weights, weight_bytes
 from worker.model.lora import LoraSlots
+from worker.model.operations import Operations
 from worker.model.quant.choice import choose_quantisation
 from worker.model.quant.linear import has_slow_products
 from worker.model.quant.scheme import Quantisation
@@ -183,13 +185,14 @@ def _load(
     kernels = load_library(settings.cpu_kernels)
     if kernels is not None:
         kernels.inferfleet_set_threads(torch.get_num_threads())
+    operations = Operations() if kernels is None else CpuOperations(kernels)
     attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
     if isinstance(spec, T5Spec):
         t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
-        return T5(spec, pack(t5_weights, kernels), attention, group)
+        return T5(spec, pack(t5_weights, kernels), attention, group, operations)
     weights = pack(load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters), kernels)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
-    return Decoder(spec, weights, attention, group, longest)
+    return Decoder(spec, weights, attention, group, longest, operations)
 
 
 def _device(

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from worker.model import moe as mixtures
-from worker.model.layers import ACTIVATION_FUNCTIONS
 from worker.model.moe import StackedExperts, mixture, route
+from worker.model.operations import Operations
 from worker.model.spec import Activation, Moe
 from worker.model.weights import DenseLinear, MlpWeights, MoeWeights
 
 HIDDEN, NUM_EXPERTS = 24, 6
-SILU = ACTIVATION_FUNCTIONS[Activation.SILU]
+SILU = Operations().activation(Activation.SILU, is_gated=True)
 # the second width is none of a grouped product, nor is the last type
 KINDS = [(16, torch.float32), (7, torch.float32), (16, torch.bfloat16), (16, torch.float64)]
 

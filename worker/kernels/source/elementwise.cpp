@@ -1,0 +1,246 @@
+// What a step does between its products: norms, activations, and the turn of queries and keys on their way into pages.
+//
+// Roundings are those of worker/model/layers.py and worker/model/rope.py, which models were trained with: where these
+// round to bfloat16 on the way, so do the kernels.
+
+#include "pool.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+constexpr int64_t PIECE_ELEMENTS = 1 << 14;  // less is not worth another thread
+
+int64_t rows_of_piece(int64_t row_elements) { return std::max<int64_t>(PIECE_ELEMENTS / std::max<int64_t>(row_elements, 1), 1); }
+
+template <class Work>
+void for_rows(int64_t num_rows, int64_t row_elements, const Work& work) {
+    int64_t size = rows_of_piece(row_elements);
+    for_each_in_parallel((num_rows + size - 1) / size, [&](int64_t piece) {
+        for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); ++row) work(row);
+    });
+}
+
+// `work(at, count)` for runs of LANES elements and a shorter one at the end.
+template <class Work>
+INLINE void for_lanes(int64_t size, const Work& work) {
+    int64_t at = 0;
+    for (; at + LANES <= size; at += LANES) work(at, (int64_t)LANES);
+    if (at < size) work(at, size - at);
+}
+
+template <class T>
+INLINE floats load_some(const T* from, int64_t count) {
+    return count == LANES ? load(from) : load_first(from, count);
+}
+
+template <class T>
+INLINE void store_some(T* to, floats value, int64_t count) {
+    if (count == LANES) store(to, value);
+    else store_first(to, value, count);
+}
+
+INLINE floats rounded(const float*, floats value) { return value; }
+INLINE floats rounded(const bf16*, floats value) { return widen(narrow(value)); }
+
+// Norms.
+
+// x[outer][inner][size] has rows of `size` elements; weights and biases are [weight_rows][size], of which inner ones take
+// turns.
+struct Norm {
+    const void* x;
+    int64_t num_outer, num_inner, size, outer_stride;
+    const void* weight;
+    const void* bias;
+    int64_t weight_rows, has_wide_weight, is_rms;
+    double eps;
+    const void* part;  // added to x first, [outer][size], where there is one; the sums go to `sums`
+    void* sums;
+    void* out;
+};
+
+template <class T, class W>
+INLINE floats weighed(floats normed, const T* like, const W* weight, const T* bias, bool is_rounded, int64_t count) {
+    if (is_rounded) normed = rounded(like, normed);
+    normed *= load_some(weight, count);
+    if (!bias) return normed;
+    if (is_rounded) normed = rounded(like, normed);
+    return normed + load_some(bias, count);
+}
+
+template <class T>
+INLINE const T* with_part(const Norm& norm, const T* x, int64_t outer) {
+    if (!norm.part) return x;
+    const T* part = (const T*)norm.part + outer * norm.size;
+    T* sums = (T*)norm.sums + outer * norm.size;
+    for_lanes(norm.size, [&](int64_t at, int64_t count) {
+        store_some(sums + at, load_some(x + at, count) + load_some(part + at, count), count);
+    });
+    return sums;
+}
+
+template <class T>
+INLINE float sum_of(const T* x, int64_t size) {
+    floats total = {};
+    for_lanes(size, [&](int64_t at, int64_t count) { total += load_some(x + at, count); });
+    return sum(total);
+}
+
+template <class T>
+INLINE float sum_of_squares(const T* x, int64_t size, float mean) {
+    floats total = {};
+    for_lanes(size, [&](int64_t at, int64_t count) {
+        floats value = load_some(x + at, count) - mean;
+        if (count < LANES) {
+            float first[LANES];
+            store(first, value);
+            value = load_first(first, count);
+        }
+        total += value * value;
+    });
+    return sum(total);
+}
+
+template <class T, class W>
+void normalise_row(const Norm& norm, int64_t row) {
+    int64_t outer = row / norm.num_inner, inner = row % norm.num_inner, size = norm.size;
+    const T* x = (const T*)norm.x + outer * norm.outer_stride + inner * size;
+    x = with_part(norm, x, outer);
+    float mean = norm.is_rms ? 0.0f : sum_of(x, size) / size;
+    float scale = 1.0f / std::sqrt(sum_of_squares(x, size, mean) / size + (float)norm.eps);
+    const W* weight = (const W*)norm.weight + inner % norm.weight_rows * size;
+    const T* bias = norm.bias ? (const T*)norm.bias + inner % norm.weight_rows * size : nullptr;
+    T* out = (T*)norm.out + row * size;
+    bool is_rounded = norm.is_rms ? !norm.has_wide_weight : norm.weight_rows > 1;
+    for_lanes(size, [&](int64_t at, int64_t count) {
+        floats normed = (load_some(x + at, count) - mean) * scale;
+        store_some(out + at, weighed(normed, x, weight + at, bias ? bias + at : nullptr, is_rounded, count), count);
+    });
+}
+
+template <class T>
+void normalise(const Norm& norm) {
+    for_rows(norm.num_outer * norm.num_inner, norm.size, [&](int64_t row) {
+        if (norm.has_wide_weight) normalise_row<T, float>(norm, row);
+        else normalise_row<T, T>(norm, row);
+    });
+}
+
+// Activations.
+
+// To within 2 units in the last place (the polynomial is that of Cephes, S. Moshier, expf).
+INLINE floats exponential(floats x) {
+    floats bounded = select(x > 88.72f, all(88.72f), select(x < -87.33f, all(-87.33f), x));
+    floats shifted = bounded * 1.44269504088896341f + 12582912.0f;
+    floats whole = shifted - 12582912.0f;
+    floats rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats series = all(1.9875691500e-4f);
+    for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        series = series * rest + factor;
+    floats result = series * rest * rest + rest + 1.0f;
+    ints exponent = __builtin_convertvector(whole, ints);
+    // in two halves: the largest results are beyond what one exponent can add
+    ints half = exponent >> 1;
+    result *= (floats)((half + 127) << 23);
+    result *= (floats)((exponent - half + 127) << 23);
+    floats is_far = select(x < -87.33f, floats{}, select(x > 88.72f, all(INFINITY), result));
+    return select(x == x, is_far, x);
+}
+
+enum Activation : int64_t { SILU, GELU_TANH, RELU };
+
+template <int KIND>
+INLINE floats activated(floats x) {
+    if (KIND == RELU) return select(x < 0.0f, floats{}, x);
+    floats inner = KIND == SILU ? x : (x + x * x * x * 0.044715f) * 1.5957691216057308f;
+    // 0.5 (1 + tanh(y / 2)) is 1 / (1 + exp(-y))
+    return x / (1.0f + exponential(-inner));
+}
+
+// x[rows][width], or [rows][2 * width] of which the second half is multiplied with what becomes of the first one.
+template <class T, int KIND>
+void activate(const T* x, int64_t num_rows, int64_t width, bool is_gated, T* out) {
+    for_rows(num_rows, width, [&](int64_t row) {
+        const T* gate = x + row * width * (is_gated ? 2 : 1);
+        T* to = out + row * width;
+        for_lanes(width, [&](int64_t at, int64_t count) {
+            floats value = activated<KIND>(load_some(gate + at, count));
+            if (is_gated) value = rounded(x, value) * load_some(gate + width + at, count);
+            store_some(to + at, value, count);
+        });
+    });
+}
+
+template <class T>
+void activate_as(int64_t kind, const T* x, int64_t num_rows, int64_t width, int64_t is_gated, T* out) {
+    if (kind == SILU) activate<T, SILU>(x, num_rows, width, is_gated, out);
+    if (kind == GELU_TANH) activate<T, GELU_TANH>(x, num_rows, width, is_gated, out);
+    if (kind == RELU) activate<T, RELU>(x, num_rows, width, is_gated, out);
+}
+
+// Queries, keys and values.
+
+// turned[tokens][heads + kv heads][head_dim] and v[tokens][kv heads][head_dim], tokens `..._stride` elements apart; cos and
+// sin [tokens][rotary_dim], none where nothing turns. Queries go to q[tokens][heads][head_dim], keys and values to the
+// places `slots` of pages [places][kv heads][head_dim].
+struct Turn {
+    const void* turned;
+    const void* v;
+    int64_t turned_stride, v_stride, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim;
+    const float* cos;
+    const float* sin;
+    const int64_t* slots;
+    void* q;
+    void* k_pages;
+    void* v_pages;
+};
+
+template <class T>
+INLINE void turn_head(const T* from, const float* cos, const float* sin, int64_t rotary_dim, int64_t head_dim, T* to) {
+    int64_t half = rotary_dim / 2;
+    for_lanes(half, [&](int64_t at, int64_t count) {
+        floats first = load_some(from + at, count), second = load_some(from + half + at, count);
+        floats turned_first = first * load_some(cos + at, count), turned_second = second * load_some(cos + half + at, count);
+        turned_first += second * load_some(sin + at, count);
+        turned_second += first * load_some(sin + half + at, count);
+        store_some(to + at, turned_first, count), store_some(to + half + at, turned_second, count);
+    });
+    memcpy(to + rotary_dim, from + rotary_dim, (head_dim - rotary_dim) * sizeof(T));
+}
+
+template <class T>
+void turn_token(const Turn& turn, int64_t token) {
+    int64_t size = turn.head_dim, kv_elements = turn.num_kv_heads * size, place = turn.slots[token] * kv_elements;
+    const T* from = (const T*)turn.turned + token * turn.turned_stride;
+    const float *cos = turn.cos + token * turn.rotary_dim, *sin = turn.sin + token * turn.rotary_dim;
+    T *q = (T*)turn.q + token * turn.num_heads * size, *k = (T*)turn.k_pages + place;
+    for (int64_t head = 0; head < turn.num_heads + turn.num_kv_heads; ++head) {
+        T* to = head < turn.num_heads ? q + head * size : k + (head - turn.num_heads) * size;
+        turn_head(from + head * size, cos, sin, turn.rotary_dim, size, to);
+    }
+    memcpy((T*)turn.v_pages + place, (const T*)turn.v + token * turn.v_stride, kv_elements * sizeof(T));
+}
+
+template <class T>
+void turn_all(const Turn& turn) {
+    int64_t elements = (turn.num_heads + 2 * turn.num_kv_heads) * turn.head_dim;
+    for_rows(turn.num_tokens, elements, [&](int64_t token) { turn_token<T>(turn, token); });
+}
+
+}  // namespace
+
+EXPORT void inferfleet_normalise_f32(const Norm* norm) { normalise<float>(*norm); }
+EXPORT void inferfleet_normalise_bf16(const Norm* norm) { normalise<bf16>(*norm); }
+
+EXPORT void inferfleet_activate_f32(const float* x, int64_t kind, int64_t num_rows, int64_t width, int64_t is_gated, float* out) {
+    activate_as(kind, x, num_rows, width, is_gated, out);
+}
+
+EXPORT void inferfleet_activate_bf16(const bf16* x, int64_t kind, int64_t num_rows, int64_t width, int64_t is_gated, bf16* out) {
+    activate_as(kind, x, num_rows, width, is_gated, out);
+}
+
+EXPORT void inferfleet_turn_f32(const Turn* turn) { turn_all<float>(*turn); }
+EXPORT void inferfleet_turn_bf16(const Turn* turn) { turn_all<bf16>(*turn); }

@@ -1,0 +1,66 @@
+"""What a step does between its products: in torch, which says what is meant, for any type and device.
+
+Kernels for a device are another class with the same methods (worker/kernels/elementwise.py has those for a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from worker.attention.pages import write_pages
+from worker.model import rope
+from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
+from worker.model.spec import Activation, Norm
+from worker.model.weights import NormWeights
+
+Turns = tuple[Tensor, Tensor]
+Activate = Callable[[Tensor], Tensor]
+
+
+class Operations:
+    """Of one forward pass; they hold no state."""
+
+    def normalise(self, x: Tensor, weights: NormWeights, eps: float, kind: Norm) -> Tensor:
+        """A norm over the last dimension of `x` [..., size], as `worker.model.layers` has them."""
+        return (rms_norm if kind is Norm.RMS else layer_norm)(x, weights, eps)
+
+    def add_and_normalise(
+        self, x: Tensor, part: Tensor, weights: NormWeights, eps: float, kind: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """`x + part` [t, hidden], and the norm of it."""
+        added = x + part
+        return added, self.normalise(added, weights, eps, kind)
+
+    def activation(self, kind: Activation, *, is_gated: bool) -> Activate:
+        """From what a network's first product gives to what its second one takes: [t, width] of one width, or where it
+        is gated from [t, 2 * width], of which the second half is multiplied with what becomes of the first one."""
+        function = ACTIVATION_FUNCTIONS[kind]
+        if not is_gated:
+            return function
+
+        def gated(inner: Tensor) -> Tensor:
+            gate, up = inner.chunk(2, -1)
+            return function(gate) * up
+
+        return gated
+
+    def turn_and_write(
+        self,
+        turned: Tensor,
+        v: Tensor,
+        num_heads: int,
+        turns: Turns | None,
+        pages: tuple[Tensor, ...],
+        slots: Tensor,
+    ) -> Tensor:
+        """Turn queries and keys `turned` [t, heads + kv heads, d] by `turns` (None leaves them), write keys and values
+        `v` [t, kv heads, d] to the places `slots` of `pages`, one for each, and return the queries [t, heads, d]."""
+        if turns is not None:
+            turned = rope.rotate(turned, *turns)
+        q, k = torch.split(turned, [num_heads, turned.shape[1] - num_heads], 1)
+        for each, values in zip(pages, (k, v), strict=True):
+            write_pages(each, values, slots)
+        return q
