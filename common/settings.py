@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BeforeValidator,
     Field,
@@ -131,7 +132,8 @@ def _split_commas(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, list):
-        return [piece for part in value for piece in _split_commas(part)]
+        # numbers of a command line come as such
+        return [piece for part in value for piece in (_split_commas(part) if isinstance(part, str) else [part])]
     return value
 
 
@@ -142,6 +144,46 @@ SHORT_DTYPES = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3fn", "fp8
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+MAX_TOKENS = 10_000_000
+
+
+def read_token_range(text: str) -> range:
+    """`64` or `16-512`, both ends included.
+
+    Raises:
+        ValueError: it is neither, or a length that nothing has.
+    """
+    low, dash, high = text.strip().partition("-")
+    numbers = [low, high if dash else low]
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ValueError(f"must be a number or two with a dash between, such as 16-512, not {text!r}")
+    first, last = map(int, numbers)
+    if not 0 < first <= last <= MAX_TOKENS:
+        raise ValueError(f"must be from 1 to {MAX_TOKENS}, the smaller number first, not {text!r}")
+    return range(first, last + 1)
+
+
+def _checked_token_range(text: str) -> str:
+    read_token_range(text)
+    return text
+
+
+TokenRange = Annotated[str, AfterValidator(_checked_token_range)]
+MAX_LEVELS = 64
+Counts = Annotated[
+    list[Annotated[int, Field(gt=0, le=10_000)]],
+    NoDecode,
+    BeforeValidator(_split_commas),
+    Field(min_length=1, max_length=MAX_LEVELS),
+]
+Rates = Annotated[
+    list[Annotated[float, Field(gt=0, le=100_000)]],
+    NoDecode,
+    BeforeValidator(_split_commas),
+    Field(max_length=MAX_LEVELS),
+]
 
 
 def num_gpus() -> int:
@@ -433,6 +475,67 @@ class PrepareSettings(_Settings):
             raise ValueError("--quantize needs --output: a quantised model is never written over the whole one")
         if self.quantize == "gptq" and not self.calibration:
             raise ValueError("--quantize gptq needs --calibration: a file of text such as the model is for")
+        return self
+
+
+class BenchSettings(_Settings):
+    """Throughput and latency of a server with OpenAI's or TGI's routes, or with --offline of an engine in this process.
+    The engine's own options, those of `inferfleet worker`, follow a --."""
+
+    url: str = option("http://localhost:8080", "base URL of the server")
+    api: Literal["completions", "chat", "generate_stream"] = option(
+        "completions", "route: /v1/completions, /v1/chat/completions or TGI's /generate_stream"
+    )
+    offline: bool = option(False, "no server: an engine in this process")
+    model: str = option("", "model to name; none: the first that the server lists")
+    api_key: SecretStr | None = option(None, "sent as a bearer token")
+    clients: Counts = option(
+        [8], "closed loop: so many clients, each with one request at a time; 1,8,32 are three runs"
+    )
+    rate: Rates = option([], "open loop: requests per second at random moments (Poisson); 2,4,8 are three runs")
+    num_requests: Annotated[int, Field(gt=0, le=10_000_000)] | None = option(None, "requests of a run")
+    duration: Annotated[float, Field(gt=0, le=604_800)] | None = option(
+        None, "seconds after which a run sends nothing more; without it and --num-requests: 30"
+    )
+    warmup: Annotated[int, Field(ge=0, le=100_000)] | None = option(
+        None, "requests before each run that do not count; none: one for each client, or a second's worth"
+    )
+    input_tokens: TokenRange = option("128", "length of prompts; 16-512: evenly between these")
+    output_tokens: TokenRange = option("128", "length of answers, likewise")
+    prefix_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = option(
+        0, "tokens before those of --input-tokens that are the same in all prompts of a run"
+    )
+    dataset: str | None = option(
+        None, "file of prompts, a JSON value a line: a text, or an object with prompt, inputs, text or messages"
+    )
+    tokenizer: str | None = option(
+        None, "the model's tokenizer.json or its folder, for prompts of words that have exactly these lengths"
+    )
+    ignore_eos: bool = option(True, "ask for answers of full length, where the server can")
+    body: str = option("", "JSON object with further fields of every request; TGI: further parameters")
+    seed: int | None = option(
+        None, "what decides prompts, lengths and moments; none: drawn, so that no cache knows the prompts"
+    )
+    timeout: PositiveFloat = option(600.0, "seconds after which a request has failed")
+    results: str | None = option(None, "file for all figures as JSON")
+    plot: str | None = option(None, "file for a plot, SVG")
+
+    @property
+    def input_range(self) -> range:
+        return read_token_range(self.input_tokens)
+
+    @property
+    def output_range(self) -> range:
+        return read_token_range(self.output_tokens)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        given = self.model_fields_set
+        if "rate" in given and "clients" in given:
+            raise ValueError("--clients is a closed loop and --rate an open one; give one of them")
+        for name in ("input_tokens", "prefix_tokens", "tokenizer"):
+            if self.dataset is not None and name in given:
+                raise ValueError(f"--{name.replace('_', '-')} is for prompts that are made up; --dataset has its own")
         return self
 
 

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings
 
 from common.settings import (
     WITHOUT_MEANING,
+    BenchSettings,
     CommonSettings,
     GatewaySettings,
     PrepareSettings,
@@ -25,6 +26,7 @@ SECTIONS: tuple[tuple[str, type[BaseSettings], tuple[type[BaseSettings], ...]], 
     ("`inferfleet worker`", WorkerSettings, (CommonSettings,)),
     ("`inferfleet up`", UpSettings, (GatewaySettings, WorkerSettings)),
     ("`inferfleet prepare`", PrepareSettings, ()),
+    ("`inferfleet bench`", BenchSettings, ()),
 )
 
 

@@ -11,7 +11,7 @@ from common.settings import WorkerSettings
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
-from worker.pipe import AdapterChecked, Commit, Message, Step, Submit
+from worker.pipe import AdapterChecked, Commit, Message, Step, Submit, TokenRun
 from worker.runner.load import load_device
 
 
@@ -34,12 +34,20 @@ class OfflineEngine:
         scheduler = Scheduler(limits)
         pacer = PrefillPacer(self.ready.max_batch_prefill_tokens, settings.prefill_step)
         self._loop = EngineLoop(self.device, scheduler, pacer, self._inbox, self._note)
+        self._runs: list[TokenRun] = []
         self._outputs: dict[str, list[int]] = {}
         self._num_running = 0
         self._all_started_at = 0.0
 
     def send(self, message: Message) -> None:
         self._inbox.put(message)
+
+    def turn(self) -> list[TokenRun]:
+        """One pass of the engine, and what came of it. Without a request that runs or was sent it waits for ever."""
+        self._runs = []
+        self._loop.take_messages()
+        self._loop.run_pass()
+        return self._runs
 
     def run(self, submits: Sequence[Submit]) -> Run:
         """All requests at once, to their ends.
@@ -53,8 +61,7 @@ class OfflineEngine:
         for submit in submits:
             self.send(submit)
         while self._num_running:
-            self._loop.take_messages()
-            self._loop.run_pass()
+            self._take(self.turn())
         ended, counts = time.perf_counter(), [len(ids) for ids in self._outputs.values()]
         return Run(
             seconds=ended - started,
@@ -67,7 +74,10 @@ class OfflineEngine:
     def _note(self, step: Step | AdapterChecked) -> None:
         assert isinstance(step, Step), "nobody asked for a check"
         self.send(Commit(step.step))
-        for run in step.runs:
+        self._runs += step.runs
+
+    def _take(self, runs: Sequence[TokenRun]) -> None:
+        for run in runs:
             if run.error:
                 raise RuntimeError(run.error)
             self._outputs[run.request_id] += run.ids

@@ -16,6 +16,7 @@ COMMANDS = {
     "ctl": "look at and steer a running fleet",
     "chat": "talk to a model in the terminal",
     "demo": "kill a worker in the middle of an answer and watch another go on",
+    "bench": "measure throughput and latency of a server, this one or another",
     "edge": "spread TCP connections over the gateways behind a name",
     "version": "print the version",
 }

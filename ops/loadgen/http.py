@@ -204,9 +204,9 @@ class Pool:
         try:
             _, connection = await loop.create_connection(Connection, self._host, self._port, ssl=self._tls)
         except ConnectionRefusedError as error:
-            raise ExchangeError("connection refused", str(error)) from None
+            raise ExchangeError("connection refused", error.strerror or "") from None
         except OSError as error:
-            raise ExchangeError("cannot connect", str(error)) from None
+            raise ExchangeError("cannot connect", error.strerror or str(error)) from None
         return connection
 
     def close(self) -> None:

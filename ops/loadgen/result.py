@@ -35,14 +35,15 @@ class LoadResult:
     """All answers of a run. It lasted `duration_s` if time ended it, and else until its last answer; what came later
     counts for latencies but not for throughput.
 
-    `client_cpu_s` is this process' own time, `most_open` how many requests were unanswered at once.
+    `cpu_s` is this process' own time: of the load client, or offline of the engine. `most_open` is how many requests
+    were unanswered at once.
     """
 
     answers: list[Answer]
     started: float
     duration_s: float | None
     most_open: int
-    client_cpu_s: float
+    cpu_s: float
     is_interrupted: bool = False
 
     @property
@@ -100,5 +101,5 @@ class LoadResult:
             "num_short": sum(answer.num_tokens < answer.max_tokens for answer in good),
             "counted_by": "usage" if all(answer.output_tokens is not None for answer in good) else "events",
             "tokens_per_event": self.output_tokens / num_events if num_events else None,
-            "client_cpu_us_per_token": 1e6 * self.client_cpu_s / self.output_tokens if self.output_tokens else None,
+            "cpu_us_per_token": 1e6 * self.cpu_s / self.output_tokens if self.output_tokens else None,
         }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Protocol
 
 import orjson
 import uvloop
@@ -14,7 +15,7 @@ from ops.loadgen.answer import Answer
 from ops.loadgen.http import Connection, EventReader, ExchangeError, Pool
 from ops.loadgen.result import LoadResult
 from ops.loadgen.target import ROUTES, Route, Target, error_text
-from ops.loadgen.workload import Ask, Workload, arrival_times
+from ops.loadgen.workload import Ask, Supply, Workload, arrival_times
 
 OK = 200
 EVENT_STREAM = b"text/event-stream"
@@ -23,7 +24,19 @@ PAUSE_AFTER_FAILURE_S = 0.1
 """A client that was refused would otherwise come back at once and be measured as load."""
 SHOW_EVERY_S = 0.5
 
-OnProgress = Callable[["Load"], None]
+
+class Running(Protocol):
+    """What can be shown of a run: its answers so far, those outstanding, and since when it is measured."""
+
+    workload: Workload
+    answers: list[Answer]
+    started: float
+
+    @property
+    def num_open(self) -> int: ...
+
+
+OnProgress = Callable[[Running], None]
 
 
 class _Listener:
@@ -116,16 +129,20 @@ class Load:
     def __init__(self, target: Target, workload: Workload) -> None:
         self.workload = workload
         self.answers: list[Answer] = []
-        self.num_open = self.most_open = 0
+        self._num_open = self.most_open = 0
         self.started = 0.0
-        self._is_out_of_time = False
+        self._supply = Supply(workload)
         self._client = Client(target, workload.timeout_s)
+
+    @property
+    def num_open(self) -> int:
+        return self._num_open
 
     async def run(self, on_progress: OnProgress | None = None) -> LoadResult:
         """Warm up, then measure. When it is cancelled, what came so far is the result."""
         is_interrupted = False
         try:
-            await self._closed(iter(self.workload.warmup))
+            await self._closed(functools.partial(next, iter(self.workload.warmup), None))
             self._begin()
             async with asyncio.TaskGroup() as group:
                 showing = group.create_task(_show(self, on_progress))
@@ -144,7 +161,7 @@ class Load:
 
     async def _measured(self) -> None:
         if self.workload.rate is None:
-            await self._closed(self._asks())
+            await self._closed(self._next)
         else:
             await self._open(self.workload.rate)
 
@@ -152,55 +169,46 @@ class Load:
         if not self.started:
             # interrupted while it warmed up
             self._begin()
-        duration_s = self.workload.duration_s if self._is_out_of_time else None
+        duration_s = self.workload.duration_s if self._supply.is_out_of_time else None
         return LoadResult(
             answers=self.answers,
             started=self.started,
             duration_s=time.perf_counter() - self.started if is_interrupted else duration_s,
             most_open=self.most_open,
-            client_cpu_s=time.process_time() - self._cpu_s,
+            cpu_s=time.process_time() - self._cpu_s,
             is_interrupted=is_interrupted,
         )
 
-    def _asks(self) -> Iterator[Ask]:
-        """Requests as long as there is time; whoever asks for the next one is about to send it."""
-        for number in itertools.count() if self.workload.num_requests is None else range(self.workload.num_requests):
-            if self._is_over(time.perf_counter() - self.started):
-                return
-            yield self.workload.ask_of(number)
+    def _next(self) -> Ask | None:
+        return self._supply.next(time.perf_counter() - self.started)
 
-    def _is_over(self, elapsed_s: float) -> bool:
-        self._is_out_of_time = self.workload.duration_s is not None and elapsed_s >= self.workload.duration_s
-        return self._is_out_of_time
-
-    async def _closed(self, asks: Iterator[Ask]) -> None:
+    async def _closed(self, next_ask: Callable[[], Ask | None]) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(self.workload.clients):
-                group.create_task(self._one_client(asks))
+                group.create_task(self._one_client(next_ask))
 
-    async def _one_client(self, asks: Iterator[Ask]) -> None:
-        for ask in asks:
+    async def _one_client(self, next_ask: Callable[[], Ask | None]) -> None:
+        while (ask := next_ask()) is not None:
             answer = await self._ask(ask, time.perf_counter())
             if answer.error:
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
     async def _open(self, rate: float) -> None:
-        num_requests = self.workload.num_requests
         async with asyncio.TaskGroup() as group:
-            for number, offset in enumerate(arrival_times(rate, self.workload.seed)):
-                if number == num_requests or self._is_over(offset):
+            for offset in arrival_times(rate, self.workload.seed):
+                if (ask := self._supply.next(offset)) is None:
                     return
-                ask, due = self.workload.ask_of(number), self.started + offset
+                due = self.started + offset
                 await asyncio.sleep(due - time.perf_counter())
                 group.create_task(self._ask(ask, due))
 
     async def _ask(self, ask: Ask, due: float) -> Answer:
-        self.num_open += 1
-        self.most_open = max(self.most_open, self.num_open)
+        self._num_open += 1
+        self.most_open = max(self.most_open, self._num_open)
         try:
             answer = await self._client.ask(ask, due)
         finally:
-            self.num_open -= 1
+            self._num_open -= 1
         self.answers.append(answer)
         return answer
 

@@ -66,6 +66,25 @@ class Workload:
         )
 
 
+class Supply:
+    """The requests of a run one after another, until all are given out or its time is over."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload, self._number = workload, 0
+        self.is_out_of_time = False
+
+    def next(self, elapsed_s: float) -> Ask | None:
+        """The request that is sent so many seconds after the start; None: there is no further one."""
+        if self._number == self._workload.num_requests:
+            return None
+        if self._workload.duration_s is not None and elapsed_s >= self._workload.duration_s:
+            self.is_out_of_time = True
+            return None
+        ask = self._workload.ask_of(self._number)
+        self._number += 1
+        return ask
+
+
 def arrival_times(rate: float, seed: int) -> Iterator[float]:
     """Seconds after the start at which the requests of a Poisson process come, without end.
 

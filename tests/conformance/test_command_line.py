@@ -58,6 +58,23 @@ def test_chat_streams_the_reference_text(served: Served) -> None:
     assert done.stdout == oracle.greedy_chat("What is deep learning?", 64) + "\n"
 
 
+@pytest.mark.parametrize("api", ["completions", "chat", "generate_stream"])
+def test_bench_counts_what_the_server_counts(served: Served, tmp_path: Path, api: str) -> None:
+    path = tmp_path / "results.json"
+    sizes = ("--num-requests", "6", "--clients", "3", "--input-tokens", "40", "--output-tokens", "8-24")
+    tokenizer = () if api == "completions" else ("--tokenizer", str(DEMO_MODEL))
+    done = inferfleet(served, "bench", "--api", api, *sizes, *tokenizer, "--results", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(path.read_text())
+    (level,) = found["levels"]
+    assert (level["num_good"], level["errors"], level["num_short"]) == (6, {}, 0)
+    assert level["counted_by"] == "usage" and found["notes"] == []
+    assert [request["input_tokens"] for request in level["requests"]] == [40] * 6
+    assert all(8 <= request["output_tokens"] <= 24 for request in level["requests"])
+    assert level["output_tokens"] == sum(request["output_tokens"] for request in level["requests"])
+    assert level["most_open"] == 3 and level["tokens_per_event"] >= 1
+
+
 @dataclass(frozen=True)
 class BadCommand:
     """A command line that is refused: its arguments, environment and the one line on standard error."""
@@ -69,7 +86,7 @@ class BadCommand:
 
 
 BAD = [
-    BadCommand(["serve"], "inferfleet: no command 'serve'; there are up, gateway, worker, prepare, ctl, chat, demo, edge, version"),
+    BadCommand(["serve"], "inferfleet: no command 'serve'; there are up, gateway, worker, prepare, ctl, chat, demo, bench, edge, version"),
     BadCommand(["up", "--prot", "1"], "inferfleet up: unknown option --prot; did you mean --port?"),
     BadCommand(["up", "--port", "x"], "inferfleet up: --port: Input should be a valid integer, unable to parse string as an integer"),
     BadCommand(["up"], "inferfleet up: --port: Input should be less than or equal to 65535", environment={"PORT": "99999"}),
@@ -92,6 +109,8 @@ BAD = [
     BadCommand(["prepare", str(DEMO_MODEL), "--quantize", "gptq", "--output", "x", "--calibration", "/no/such/text"], "inferfleet prepare: --calibration /no/such/text: No such file or directory"),
     BadCommand(["prepare", "/no/such/model"], "inferfleet prepare: there is no folder /no/such/model; check MODEL"),
     BadCommand(["chat", "--url", "http://127.0.0.1:9", "hi"], "inferfleet chat: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
+    BadCommand(["bench", "--url", "http://127.0.0.1:9"], "inferfleet bench: no server at http://127.0.0.1:9 (Connection refused); --url or INFERFLEET_URL names another"),
+    BadCommand(["bench", "--model", "gpt"], "inferfleet bench: {url} gives no answer to a short question: HTTP 404, unknown model 'gpt'; served here: demo"),
     BadCommand(["ctl", "workers", "--url", "http://127.0.0.1:9"], "inferfleet ctl: no gateway at http://127.0.0.1:9; --url or INFERFLEET_URL names another"),
     BadCommand(["ctl", "key", "create"], "inferfleet ctl: key create needs a tenant"),
     BadCommand(["ctl", "adapter", "load", "fr"], "inferfleet ctl: adapter load needs a name and a source"),
@@ -107,7 +126,7 @@ def last_line(text: str) -> str:
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: " ".join(bad.arguments))
 def test_wrong_command_lines_are_one_line(served: Served, bad: BadCommand) -> None:
     done = inferfleet(served, *bad.arguments, **bad.environment)
-    assert (done.returncode, done.stderr.strip(), done.stdout) == (bad.status, bad.message, "")
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (bad.status, bad.message.replace("{url}", served.url), "")
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -25,7 +25,7 @@ def answered(started: float, times: Sequence[float], *, num_tokens: int | None =
 
 
 def result_of(answers: list[Answer], duration_s: float | None = None) -> LoadResult:
-    return LoadResult(answers=answers, started=100.0, duration_s=duration_s, most_open=1, client_cpu_s=0.5)
+    return LoadResult(answers=answers, started=100.0, duration_s=duration_s, most_open=1, cpu_s=0.5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 101, 1000])
@@ -65,7 +65,7 @@ def test_throughput_is_that_of_the_run_and_of_good_answers() -> None:
     assert (summary["num_requests"], summary["num_good"]) == (3, 2)
     assert (summary["output_tokens_per_s"], summary["input_tokens_per_s"]) == (5 / 5, 20 / 5)
     assert summary["requests_per_s"] == 2 / 5
-    assert summary["client_cpu_us_per_token"] == 0.5e6 / 5
+    assert summary["cpu_us_per_token"] == 0.5e6 / 5
     assert summary["errors"] == {"broken stream": {"count": 1, "first": "the server closed it"}}
 
 
