@@ -49,6 +49,11 @@ class Answer:
         return self.num_events if self.output_tokens is None else self.output_tokens
 
     @property
+    def began(self) -> float:
+        """When it was seen first; an answer without visible text is seen when it ends."""
+        return self.times[0] if self.times else self.ended
+
+    @property
     def first_token_s(self) -> float | None:
         return self.times[0] - self.started if self.times else None
 
@@ -70,7 +75,9 @@ class Answer:
 
     def tokens_until(self, moment: float) -> float:
         """Tokens that had arrived by then. Events have equal shares where they are not tokens."""
-        if not self.times or self.times[-1] <= moment:
+        if not self.times:
+            return self.num_tokens if self.ended <= moment else 0
+        if self.times[-1] <= moment:
             return self.num_tokens
         arrived = sum(count for time, count in zip(self.times, self.counts, strict=True) if time <= moment)
         return self.num_tokens * arrived / self.num_events

@@ -24,6 +24,7 @@ THROUGHPUT = (
     ("output tokens", "output_tokens", "output_tokens_per_s"),
 )
 MAX_LATE_MS = 50.0
+MANY_TOKENS = 1.5
 POINTS = ("mean", "p50", "p90", "p99", "max")
 
 
@@ -108,12 +109,16 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def remarks(level: Level) -> Iterator[str]:
-    """What the tables do not say: errors by kind, short answers, a client that was too slow."""
+    """What the tables do not say: errors by kind, answers that are not as they should be, a client too slow."""
     result, summary = level.result, level.result.summary()
     for kind, count in result.errors.items():
         yield f"failed: {count} x {kind} ({result.message_of(kind)})"
     if summary["num_short"]:
         yield f"{summary['num_short']} of {summary['num_good']} answers are shorter than asked for"
+    if summary["num_unseen"]:
+        yield f"{summary['num_unseen']} of {summary['num_good']} answers have no text: nobody saw their first token"
+    if (summary["tokens_per_event"] or 0) > MANY_TOKENS:
+        yield f"an event brings {summary['tokens_per_event']:.1f} tokens: ITL is between events, TPOT of tokens"
     late = summary["sent_late_ms"]
     if late and late["p99"] > MAX_LATE_MS:
         yield f"1 in 100 requests was sent {late['p99']:.0f} ms late or more: this machine is too busy for such a load"

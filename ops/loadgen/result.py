@@ -79,7 +79,7 @@ class LoadResult:
         good, seconds = self.good, self.seconds
         end = self.started + seconds
         per_s = 1 / seconds if seconds else 0.0
-        in_time = [answer for answer in good if answer.times and answer.times[0] <= end]
+        in_time = [answer for answer in good if answer.began <= end]
         inputs = None if self.input_tokens is None else sum(answer.prompt_tokens or 0 for answer in in_time)
         num_events = sum(answer.num_events for answer in good)
         return {
@@ -99,6 +99,7 @@ class LoadResult:
             "sent_late_ms": spread_ms(answer.sent - answer.started for answer in self.answers),
             "most_open": self.most_open,
             "num_short": sum(answer.num_tokens < answer.max_tokens for answer in good),
+            "num_unseen": sum(not answer.times for answer in good),
             "counted_by": "usage" if all(answer.output_tokens is not None for answer in good) else "events",
             "tokens_per_event": self.output_tokens / num_events if num_events else None,
             "cpu_us_per_token": 1e6 * self.cpu_s / self.output_tokens if self.output_tokens else None,

@@ -126,7 +126,11 @@ def last_line(text: str) -> str:
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: " ".join(bad.arguments))
 def test_wrong_command_lines_are_one_line(served: Served, bad: BadCommand) -> None:
     done = inferfleet(served, *bad.arguments, **bad.environment)
-    assert (done.returncode, done.stderr.strip(), done.stdout) == (bad.status, bad.message.replace("{url}", served.url), "")
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (
+        bad.status,
+        bad.message.replace("{url}", served.url),
+        "",
+    )
 
 
 @pytest.mark.usefixtures("unharmed")

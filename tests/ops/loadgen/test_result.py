@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ops.loadgen.answer import MAX_MESSAGE, Answer
+from ops.loadgen.report import Level, remarks
 from ops.loadgen.result import LoadResult, percentile, spread_ms
 
 
@@ -83,6 +84,34 @@ def test_what_comes_after_the_time_counts_for_latencies_only() -> None:
 def test_tokens_of_events_that_carry_several_are_shared_out() -> None:
     answer = answered(100.0, [101.0, 103.0], num_tokens=6)
     assert [answer.tokens_until(moment) for moment in (100.5, 101.0, 104.0)] == [0, 3, 6]
+
+
+def test_an_answer_without_text_counts_when_it_ends_and_has_no_first_token() -> None:
+    unseen = answered(100.0, [102.0])
+    unseen.times, unseen.counts, unseen.output_tokens = array("d"), array("L"), 3
+    assert [unseen.tokens_until(moment) for moment in (101.0, 102.0)] == [0, 3]
+    summary = result_of([unseen]).summary()
+    assert (summary["num_unseen"], summary["ttft_ms"], summary["tokens_per_event"]) == (1, None, None)
+    assert (summary["input_tokens_per_s"], summary["output_tokens_per_s"]) == (10 / 2, 3 / 2)
+    (remark,) = remarks(Level(1, None, result_of([unseen])))
+    assert remark == "1 of 1 answers have no text: nobody saw their first token"
+
+
+def test_what_tables_do_not_say_is_remarked() -> None:
+    """Three answers of one arrival: with ten tokens in it, sent late, and refused."""
+    coalesced, late, refused = (
+        answered(100.0, [101.0], num_tokens=10),
+        answered(100.0, [101.0]),
+        answered(100.0, [101.0]),
+    )
+    late.sent += 3.0
+    refused.fail("HTTP 429", "full")
+    assert list(remarks(Level(4, None, result_of([coalesced, late, refused])))) == [
+        "failed: 1 x HTTP 429 (full)",
+        "an event brings 5.5 tokens: ITL is between events, TPOT of tokens",
+        "1 in 100 requests was sent 2940 ms late or more: this machine is too busy for such a load",
+    ]
+    assert list(remarks(Level(4, None, result_of([answered(100.0, [101.0])])))) == []
 
 
 def test_an_empty_result_has_no_figures_and_no_division_by_zero() -> None:
