@@ -140,6 +140,7 @@ def _split_commas(value: Any) -> Any:
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
 GPUS = Path("/proc/driver/nvidia/gpus")
 MAX_RANKS = 1024
+MAX_SPECULATE = 64
 SHORT_DTYPES = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3fn", "fp8_e4m3": "fp8_e4m3fn"}
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -301,7 +302,12 @@ class WorkerSettings(CommonSettings):
     kv_cache_dtype: Literal["auto", "int8", "fp8_e4m3fn", "fp8_e5m2"] = option(
         "auto", "type of the KV cache; auto: that of the model, fp8 and fp8_e4m3: fp8_e4m3fn", "kv_cache_dtype"
     )
-    speculate: int = option(0, "length of speculated n-grams", "speculate")
+    speculate: Annotated[int, Field(ge=0, le=MAX_SPECULATE)] = option(
+        0,
+        "tokens that one step may guess ahead for a request that repeats or copies; they cost nothing but time, and are "
+        "not tried where that does not pay; 0: none",
+        "speculate",
+    )
     lora_adapters: Names = option(
         [],
         "adapters in PEFT's format, as name=folder, name=owner/name or owner/name of a hub; @revision may follow",
@@ -368,13 +374,10 @@ class WorkerSettings(CommonSettings):
         """Sources of `lora_adapters` by their names."""
         return read_sources(self.lora_adapters)
 
-    @field_validator(
-        "speculate",
-        "enable_prefill_logprobs",
-    )
+    @field_validator("enable_prefill_logprobs")
     @classmethod
-    def _not_in_this_version(cls, value: Any, info: Any) -> Any:
-        if value not in (None, 0, 1, False, [], "", "auto", "none"):
+    def _not_in_this_version(cls, value: bool) -> bool:
+        if value:
             raise ValueError("is not available in this version")
         return value
 

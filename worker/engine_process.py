@@ -108,7 +108,13 @@ def _serve_as_rank_0(
 
 
 def _run(device: Device, ready: Ready, settings: WorkerSettings, inbox: Inbox, send: Send) -> None:
-    scheduler = Scheduler(limits_of(ready, prefix_caching=settings.prefix_caching, max_loras=settings.max_loras))
+    limits = limits_of(
+        ready,
+        prefix_caching=settings.prefix_caching,
+        max_loras=settings.max_loras,
+        max_drafts=settings.speculate,
+    )
+    scheduler = Scheduler(limits)
     pacer = PrefillPacer(ready.max_batch_prefill_tokens, settings.prefill_step)
     keep_pauses_short()
     send(ready)

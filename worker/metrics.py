@@ -20,6 +20,8 @@ ENGINE_TOTALS = (
     "decode_tokens",
     "encoder_passes",
     "encoder_tokens",
+    "draft_tokens",
+    "accepted_tokens",
 )
 
 

@@ -30,7 +30,12 @@ class OfflineEngine:
     def __init__(self, settings: WorkerSettings) -> None:
         self.device, self.ready = load_device(settings, lambda phase, done, total: None)
         self._inbox: Inbox = SimpleQueue()
-        limits = limits_of(self.ready, prefix_caching=settings.prefix_caching, max_loras=settings.max_loras)
+        limits = limits_of(
+            self.ready,
+            prefix_caching=settings.prefix_caching,
+            max_loras=settings.max_loras,
+            max_drafts=settings.speculate,
+        )
         scheduler = Scheduler(limits)
         pacer = PrefillPacer(self.ready.max_batch_prefill_tokens, settings.prefill_step)
         self._loop = EngineLoop(self.device, scheduler, pacer, self._inbox, self._note)

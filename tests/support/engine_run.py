@@ -25,8 +25,11 @@ class Engine:
 class Run:
     """One engine core over the device, from its first request to its last."""
 
-    def __init__(self, engine: Engine, scheduler_class: type[Scheduler] = Scheduler, max_loras: int = 1) -> None:
-        self.scheduler = scheduler_class(limits_of(engine.ready, prefix_caching=True, max_loras=max_loras))
+    def __init__(
+        self, engine: Engine, scheduler_class: type[Scheduler] = Scheduler, max_loras: int = 1, max_drafts: int = 0
+    ) -> None:
+        limits = limits_of(engine.ready, prefix_caching=True, max_loras=max_loras, max_drafts=max_drafts)
+        self.scheduler = scheduler_class(limits)
         self.inbox: SimpleQueue = SimpleQueue()
         self.runs: dict[str, list[TokenRun]] = {}
         pacer = PrefillPacer(engine.ready.max_batch_prefill_tokens, 0.0)

@@ -9,9 +9,10 @@ Memory of a device, as the engine core addresses it:
   sampled id, and a block table of at least ceil(max_total_tokens / block_size) entries. A device may add rows of
   its own for padding.
 
-A step holds at most max_batch_prefill_tokens tokens of prompts and one token of every other row, so no plan is
-larger than max_batch_prefill_tokens + max_num_seqs tokens. An encoder's input cannot be cut; it comes out of
-the same budget, and is never longer than all of it. The start token of its decoder is the one token of its row.
+A step holds at most max_batch_prefill_tokens tokens of prompts, one token of every other row, and
+MAX_DRAFTS_PER_STEP drafts behind those: guesses of what the row will sample, see `worker.engine.speculation`. No plan
+is larger than all that. An encoder's input cannot be cut; it comes out of the same budget as prompts, and is never
+longer than all of it. The start token of its decoder is the one token of its row.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ class StepPlan:
     step          number of the step, counting from 1 without gaps
     rows          int32 [n], no row twice
     num_tokens    int32 [n], tokens of each row in this step, >= 1
+    num_drafts    int32 [n], how many of them, the last ones, are drafts; 0 for rows that do not sample
     starts        int32 [n], tokens of each row whose keys and values are in its pages already, hence the position of
                   its first token in this step
     tokens        int32 [t], the input ids of all rows one after another; TOKEN_ON_DEVICE (only ever as the last token
                   of a row) means the id which that row sampled last
-    samples       bool [n], whether the row's prompt is complete in this step so that its last position is sampled
+    samples       bool [n], whether the row's prompt is complete in this step so that its last position is sampled, and
+                  with drafts the one before them and that of each
     block_rows, block_offsets, block_ids
                   int32 [m] each: table[block_rows[i], block_offsets[i]] = block_ids[i]; a table only grows, and its
                   entries behind the ones set for the present request are garbage
@@ -91,6 +94,7 @@ class StepPlan:
     step: int
     rows: Ints
     num_tokens: Ints
+    num_drafts: Ints
     starts: Ints
     tokens: Ints
     samples: Flags
@@ -103,17 +107,22 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the k sampling rows of a plan picked, in the order of the plan's rows.
+    """What the sampling rows of a plan picked, k ids in the order of the plan's rows.
 
-    `ids` int32 [k]; `logprobs` float32 [k]; `top_tokens` has for each of the k rows a list of (id, logprob), best
+    `ids` int32 [k]; `logprobs` float32 [k]; `top_tokens` has for each of the k ids a list of (id, logprob), best
     first, empty when the row did not ask (an empty outer list says that nobody asked). `errors` maps the place of a row
     among all rows of the plan to one sentence: what the row computed is unusable, its request ends, the others go on.
+
+    `num_ids` int32 [sampling rows]: each has one id, and one more for every draft that equals the id before it, up to
+    the first draft that does not. A row whose drafts may have spoilt what comes before them has none: it is to try
+    again without. Empty where no row had drafts: one each.
     """
 
     ids: Ints
     logprobs: Floats
     top_tokens: list[list[tuple[int, float]]] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
+    num_ids: Ints = field(default_factory=lambda: NO_IDS)
 
 
 class Device(Protocol):

@@ -176,6 +176,7 @@ class EngineLoop:
         seconds = now - max(pending.launched_at, self._last_applied_at)
         self._last_applied_at = now
         self.pacer.note(pending.launch.num_prompt_tokens, pending.launch.num_decodes, seconds)
+        self.scheduler.note_time(pending.launch, seconds)
         self._send(runs, seconds)
 
     def _send_answers(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +14,33 @@ from worker.engine.request import Request, Residency
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """The part of one request in one step. It names the stay, so that what comes late finds the books it belongs to."""
+    """The part of one request in one step: tokens that are its own, then drafts. It names the stay, so that what comes
+    late finds the books it belongs to."""
 
     request: Request
     residency: Residency
     start: int
     num_tokens: int
+    num_drafts: int
     samples: bool
+
+    @property
+    def num_sampled(self) -> int:
+        """Places behind which something is sampled."""
+        return 1 + self.num_drafts if self.samples else 0
 
 
 @dataclass(slots=True, eq=False)
 class Launch:
     """One scheduled step. `num_prompt_tokens` are of prompts (or recomputed), `num_encoder_tokens` of them run through
-    the encoder; `num_decodes` rows compute one token, from which the next one is sampled."""
+    the encoder; `num_decodes` rows compute one token, from which the next one is sampled, with `num_drafts` behind."""
 
     plan: StepPlan
     entries: list[Entry]
     num_prompt_tokens: int
     num_encoder_tokens: int
     num_decodes: int
+    num_drafts: int
 
 
 class PlanBuilder:
@@ -45,6 +54,7 @@ class PlanBuilder:
         self._num_prompt_tokens = 0
         self._num_encoder_tokens = 0
         self._num_decodes = 0
+        self._num_drafts = 0
         self._tokens = array("i")
         self._freed_rows = freed_rows
         self._new_rows: list[RowInit] = []
@@ -80,23 +90,28 @@ class PlanBuilder:
         self._block_offsets += range(offset, offset + len(blocks))
         self._block_ids += blocks
 
-    def add(self, request: Request, residency: Residency, num_tokens: int) -> None:
-        """The next `num_tokens` of the request take part; its lengths advance as if the step were done."""
+    def add(self, request: Request, residency: Residency, num_tokens: int, drafts: Sequence[int] = ()) -> None:
+        """The next `num_tokens` of the request take part, and with the last of all `drafts` behind it; its lengths
+        advance as if the step were done and every draft right."""
         start = residency.num_computed
         end = start + num_tokens
-        samples = end == request.num_total
+        entry = Entry(request, residency, start, num_tokens, len(drafts), samples=end == request.num_total)
         self._append_tokens(request, start, end)
-        self._account(request, start, num_tokens, samples=samples)
-        self.entries.append(Entry(request, residency, start, num_tokens, samples))
-        residency.num_computed, residency.last_step = end, self.step
-        request.num_in_flight += samples
+        self._tokens.extend(drafts)
+        self._account(request, start, num_tokens, samples=entry.samples)
+        self.entries.append(entry)
+        self._num_drafts += len(drafts)
+        residency.num_computed, residency.last_step = end + len(drafts), self.step
+        request.num_in_flight += entry.num_sampled
+        request.is_guessing = bool(drafts)
 
     def build(self) -> Launch:
         entries = self.entries
         plan = StepPlan(
             step=self.step,
             rows=np.array([entry.residency.row for entry in entries], np.int32),
-            num_tokens=np.array([entry.num_tokens for entry in entries], np.int32),
+            num_tokens=np.array([entry.num_tokens + entry.num_drafts for entry in entries], np.int32),
+            num_drafts=np.array([entry.num_drafts for entry in entries], np.int32),
             starts=np.array([entry.start for entry in entries], np.int32),
             tokens=np.frombuffer(self._tokens, np.int32),
             samples=np.array([entry.samples for entry in entries], np.bool_),
@@ -106,7 +121,8 @@ class PlanBuilder:
             new_rows=self._new_rows,
             freed_rows=np.array(self._freed_rows, np.int32),
         )
-        return Launch(plan, entries, self._num_prompt_tokens, self._num_encoder_tokens, self._num_decodes)
+        num_prompt_tokens, num_encoder_tokens = self._num_prompt_tokens, self._num_encoder_tokens
+        return Launch(plan, entries, num_prompt_tokens, num_encoder_tokens, self._num_decodes, self._num_drafts)
 
     def _append_tokens(self, request: Request, start: int, end: int) -> None:
         num_known = len(request.tokens)

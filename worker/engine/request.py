@@ -8,6 +8,7 @@ from enum import IntEnum
 
 from common.job import Adapter, SamplingParams
 from worker.engine.adapters import NO_SLOT
+from worker.engine.speculation import Lookup
 from worker.pipe import Submit, TokenRun
 
 
@@ -49,8 +50,8 @@ class Residency:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`tokens` holds prompt and output as far as the host knows them; `num_in_flight` more were sampled by launched
-    steps.
+    """`tokens` holds prompt and output as far as the host knows them; `num_in_flight` more, at most, were sampled by
+    launched steps. While one of these `is_guessing`, with drafts, how many is open and nothing can follow.
 
     `computed < total` is what makes a request schedulable: there is no prefill phase and no decode phase.
 
@@ -72,6 +73,9 @@ class Request:
     is_suspect: bool
     adapter: Adapter | None = None
     num_in_flight: int = 0
+    is_guessing: bool = False
+    may_guess: bool = True
+    lookup: Lookup | None = None
     state: RequestState = RequestState.WAITING
     residency: Residency | None = None
     was_chunked: bool = False
@@ -83,7 +87,7 @@ class Request:
 
     @property
     def num_total(self) -> int:
-        """Tokens the request has or will have once the launched steps are applied."""
+        """Tokens the request has or will have once the launched steps are applied, if all drafts are right."""
         return len(self.tokens) + self.num_in_flight
 
     @property
@@ -101,8 +105,8 @@ class Request:
         return self.state is RequestState.ENDED
 
     def num_uncomputed(self, num_computed: int) -> int:
-        """Tokens to compute next; 0 once the launched steps must bring the last token that `max_new_tokens` allows."""
-        if self.num_output + self.num_in_flight >= self.params.max_new_tokens:
+        """Tokens to compute next; 0 once the launched steps may bring the last token that `max_new_tokens` allows."""
+        if self.is_guessing or self.num_output + self.num_in_flight >= self.params.max_new_tokens:
             return 0
         return self.num_total - num_computed
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import attrgetter
 
 import numpy as np
@@ -28,6 +29,7 @@ from worker.engine.blocks import BlockDigests, BlockPool
 from worker.engine.device import StepResult, fitting_total_tokens
 from worker.engine.plan import Entry, Launch, PlanBuilder
 from worker.engine.request import Request, RequestState, Residency, end_without_token
+from worker.engine.speculation import Speculator
 from worker.engine.stats import EngineStats
 from worker.pipe import Ready, TokenRun
 
@@ -40,7 +42,8 @@ class EngineLimits:
     """Sizes the scheduler lives in; tokens unless the name says otherwise.
 
     `decoder_start_id` as in `Ready`: None for all but encoder-decoder models. Keys and values of those depend on what
-    their encoder read, so equal beginnings of outputs are not shared. `max_loras` counts the slots for adapters.
+    their encoder read, so equal beginnings of outputs are not shared. `max_loras` counts the slots for adapters, and
+    `max_drafts` the guesses of one request in a step.
     """
 
     vocab_size: int
@@ -52,6 +55,7 @@ class EngineLimits:
     prefix_caching: bool = True
     decoder_start_id: int | None = None
     max_loras: int = 1
+    max_drafts: int = 0
 
     def __post_init__(self) -> None:
         wanted, kv_tokens = self.max_total_tokens, self.num_blocks * self.block_size
@@ -67,7 +71,7 @@ class EngineLimits:
         return self.decoder_start_id is not None
 
 
-def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1) -> EngineLimits:
+def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1, max_drafts: int = 0) -> EngineLimits:
     """The limits that a loaded device announced, and those that nobody but the options knows."""
     return EngineLimits(
         vocab_size=ready.vocab_size,
@@ -79,7 +83,17 @@ def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1) -> Engi
         prefix_caching=prefix_caching and ready.decoder_start_id is None,
         decoder_start_id=ready.decoder_start_id,
         max_loras=max_loras,
+        max_drafts=max_drafts,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """What one row sampled, as in StepResult."""
+
+    ids: list[int]
+    logprobs: list[float]
+    top_tokens: list[list[tuple[int, float]]]
 
 
 class Scheduler:
@@ -90,6 +104,7 @@ class Scheduler:
         self.stats = EngineStats()
         self.pool = BlockPool(limits.num_blocks)
         self.slots = AdapterSlots(limits.max_loras)
+        self.speculator = Speculator(limits.max_drafts) if limits.max_drafts else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -174,8 +189,9 @@ class Scheduler:
         """
         budget = min(prompt_budget, self.limits.max_batch_prefill_tokens)
         builder = PlanBuilder(self._last_launched + 1, budget, self._freed_rows)
+        drafts = self.speculator.drafts(self.running) if self.speculator else {}
         for request in list(self.running):
-            self._continue(request, builder)
+            self._continue(request, builder, drafts.get(request.request_id, []))
         if not builder.has_preempted:
             self._admit_waiting(builder)
         if not builder.entries:
@@ -183,21 +199,34 @@ class Scheduler:
         self._last_launched, self._freed_rows = builder.step, []
         return self._counted(builder.build())
 
-    def _continue(self, request: Request, builder: PlanBuilder) -> None:
+    def _continue(self, request: Request, builder: PlanBuilder, drafts: list[int]) -> None:
         residency = request.residency
         if residency is None:
             return
         num_tokens = request.num_uncomputed(residency.num_computed)
         if num_tokens > 1:
             num_tokens = min(num_tokens, builder.prompt_budget)
-        if num_tokens > 0 and self._grow(request, residency, num_tokens, builder):
-            self._add(request, residency, num_tokens, builder)
+        drafts = drafts[: self._num_draft_places(residency)]
+        if num_tokens > 0 and self._grow(request, residency, num_tokens + len(drafts), builder):
+            self._add(request, residency, num_tokens, builder, drafts)
 
-    def _add(self, request: Request, residency: Residency, num_tokens: int, builder: PlanBuilder) -> None:
+    def _num_draft_places(self, residency: Residency) -> int:
+        """Places behind the next token, without blocks that others could need in this step."""
+        num_spare = max(self.pool.num_free - len(self.running), 0)
+        return max((len(residency.blocks) + num_spare) * self.limits.block_size - residency.num_computed - 1, 0)
+
+    def _add(
+        self,
+        request: Request,
+        residency: Residency,
+        num_tokens: int,
+        builder: PlanBuilder,
+        drafts: Sequence[int] = (),
+    ) -> None:
         is_chunk = residency.num_computed + num_tokens < request.num_total
         self.stats.chunked_prompts += is_chunk and not request.was_chunked
         request.was_chunked |= is_chunk
-        builder.add(request, residency, num_tokens)
+        builder.add(request, residency, num_tokens, drafts)
 
     def _grow(self, request: Request, residency: Residency, num_tokens: int, builder: PlanBuilder) -> bool:
         """Give the request blocks for its next tokens, if need be at the cost of younger ones."""
@@ -321,41 +350,43 @@ class Scheduler:
     def apply(self, launch: Launch, result: StepResult) -> list[TokenRun]:
         """Settle a launched step: keys and values written, tokens known, ends found. Returns what is new."""
         self._last_applied = launch.plan.step
-        ids, logprobs = result.ids.tolist(), result.logprobs.tolist()
+        ids, logprobs, tops = result.ids.tolist(), result.logprobs.tolist(), result.top_tokens
+        num_ids = iter(result.num_ids.tolist() or repeat(1))
         runs: list[TokenRun] = []
-        index = 0
+        first = 0
         for place, entry in enumerate(launch.entries):
+            end = first + next(num_ids) if entry.samples else first
             if place in result.errors:
                 runs += self._fail(entry, result.errors[place])
             elif entry.samples:
-                runs += self._apply_sample(entry, result, index, ids[index], logprobs[index])
+                runs += self._apply_sample(entry, Picks(ids[first:end], logprobs[first:end], tops[first:end]))
             else:
-                self._note_written(entry)
-            index += entry.samples
+                self._note_written(entry, entry.num_tokens)
+            first = end
         self._release_drained()
         return runs
 
-    def _apply_sample(
-        self, entry: Entry, result: StepResult, index: int, token_id: int, logprob: float
-    ) -> list[TokenRun]:
-        """A token of a request that has ended meanwhile is dropped here: before registration, usage and frames."""
+    def _apply_sample(self, entry: Entry, picks: Picks) -> list[TokenRun]:
+        """Tokens of a request that has ended meanwhile are dropped here: before registration, usage and frames."""
         request = entry.request
-        request.num_in_flight -= 1
+        self._land(entry)
         if request.is_ended:
             return []
-        self._note_written(entry)
-        request.tokens.append(token_id)
+        num_ids, finish = _append(request, picks.ids)
+        self._note_written(entry, entry.num_tokens - 1 + num_ids)
+        if not num_ids:
+            request.may_guess = False
+            return []
+        self.stats.accepted_tokens += min(num_ids, len(picks.ids) - 1)
         request.is_suspect = False
-        finish = request.finish()
         if finish:
             self._end(request)
-        tops = [result.top_tokens[index]] if request.params.num_top_logprobs else []
         run = TokenRun(
             request_id=request.request_id,
             epoch=request.epoch,
-            ids=[token_id],
-            logprobs=[logprob],
-            top_tokens=tops,
+            ids=picks.ids[:num_ids],
+            logprobs=picks.logprobs[:num_ids],
+            top_tokens=picks.top_tokens[:num_ids] if request.params.num_top_logprobs else [],
             finish=finish,
         )
         return [run]
@@ -363,19 +394,28 @@ class Scheduler:
     def _fail(self, entry: Entry, error: str) -> list[TokenRun]:
         """End the request of a row that could not compute; what it has written is never found again."""
         request = entry.request
-        request.num_in_flight -= entry.samples
+        self._land(entry)
         if request.is_ended:
             return []
         self.pool.forget(entry.residency.blocks)
         self._end(request)
         return [end_without_token(request, "error", error)]
 
-    def _note_written(self, entry: Entry) -> None:
-        """Remember blocks that are full of written keys and values now. A closed stay registers nothing any more."""
+    def _land(self, entry: Entry) -> None:
+        """What the entry was to bring is known."""
+        entry.request.num_in_flight -= entry.num_sampled
+        if entry.num_drafts:
+            entry.request.is_guessing = False
+
+    def _note_written(self, entry: Entry, num_tokens: int) -> None:
+        """Keys and values of the entry's first `num_tokens` are written and right; behind them were drafts that were
+        not. Remember the blocks that are full now. A closed stay registers nothing any more."""
         request, residency = entry.request, entry.residency
         if residency.is_closed:
             return
-        residency.num_written = entry.start + entry.num_tokens
+        residency.num_written = entry.start + num_tokens
+        if entry.num_drafts:
+            residency.num_computed = residency.num_written
         num_full = residency.num_written // self.limits.block_size
         if num_full == residency.num_registered or not self.limits.prefix_caching:
             return
@@ -436,6 +476,11 @@ class Scheduler:
         salt, adapter_digest = request.cache_salt, request.adapter_digest
         self._digests.extend(request.digests, request.tokens, salt, num_full, adapter_digest)
 
+    def note_time(self, launch: Launch, seconds: float) -> None:
+        """How long a step took, from which the price of drafts is learned."""
+        if self.speculator and not launch.num_prompt_tokens:
+            self.speculator.times.note(len(launch.entries), launch.num_drafts, seconds)
+
     def _counted(self, launch: Launch) -> Launch:
         stats = self.stats
         stats.steps += 1
@@ -444,6 +489,7 @@ class Scheduler:
         stats.encoder_passes += launch.num_encoder_tokens > 0
         stats.encoder_tokens += launch.num_encoder_tokens
         stats.decode_tokens += launch.num_decodes
+        stats.draft_tokens += launch.num_drafts
         return launch
 
     def check(self) -> None:
@@ -480,6 +526,15 @@ class Scheduler:
         for request in self._computing.values():
             if request.residency is None:
                 raise ValueError(f"{request.request_id} computes nothing, yet others wait for its blocks")
+
+
+def _append(request: Request, ids: Sequence[int]) -> tuple[int, str]:
+    """Give the request its new tokens up to the one that ends it; how many, and how it ends ("": it goes on)."""
+    for count, token_id in enumerate(ids, start=1):
+        request.tokens.append(token_id)
+        if finish := request.finish():
+            return count, finish
+    return len(ids), ""
 
 
 def _finish_of_log(request: Request) -> str:

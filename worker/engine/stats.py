@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class EngineStats:
     """Counted since the start of the engine. `prefix_hits` counts requests that found a part of their prompt
-    computed; `encoder_tokens` are among the `prefill_tokens`."""
+    computed; `encoder_tokens` are among the `prefill_tokens`. `decode_tokens` are computed one for a row and step;
+    `draft_tokens` came behind them, of which `accepted_tokens` were right."""
 
     steps: int = 0
     batch_max: int = 0
@@ -20,6 +21,8 @@ class EngineStats:
     decode_tokens: int = 0
     encoder_passes: int = 0
     encoder_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def counters(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -5,6 +5,7 @@ One slot per row of the engine core, held in arrays so that a step touches it wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ class Rows:
         self.block_tables[plan.block_rows, plan.block_offsets] = plan.block_ids
 
     def remember(self, rows: Ints, ids: Ints) -> None:
-        """Note what `rows` have sampled: input of their next step, and one more occurrence for their penalties."""
+        """Note what `rows` have sampled, in this order where one occurs again: the last is input of its next step, and
+        each one more occurrence for its penalties."""
         self.last_ids[rows] = ids
         is_counted = self.parameters["needs_counts"][rows]
         if is_counted.any():
@@ -101,9 +103,14 @@ class TokenCounts:
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
-    def of(self, rows: Ints) -> Tensor:
-        """int32 [m, 2, columns]: counts of these rows, which must have been started."""
-        return self.table[self._slots_of(rows)]
+    def of(self, rows: Ints, beyond: Sequence[AnyInts] = ()) -> Tensor:
+        """int32 [m, 2, columns]: counts of these rows, which must have been started; the i-th as if its row had put out
+        the ids `beyond[i]` besides."""
+        counts = self.table[self._slots_of(rows)]
+        for place, ids in enumerate(beyond):
+            if len(ids):
+                counts[place] += torch.from_numpy(self._count(ids))
+        return counts
 
     def start(self, row: int, prompt_ids: AnyInts, output_ids: AnyInts) -> None:
         """Count what `row` begins with, out of nothing."""
@@ -115,11 +122,12 @@ class TokenCounts:
         self.table[slot] = torch.from_numpy(np.stack((both, output)))
 
     def add(self, rows: Ints, ids: Ints) -> None:
-        """One more of `ids` [m] in the output of each of `rows` [m], of which none occurs twice."""
-        is_here = is_among(ids, self._ids)
-        columns = columns_of(ids, self._ids)
-        # hence no element occurs twice either
-        self.table[self._slots_of(rows[is_here]), :, torch.from_numpy(columns)] += 1
+        """One more of `ids` [m] in the output of each of `rows` [m]."""
+        slots = self._slots_of(rows[is_among(ids, self._ids)])
+        columns = torch.from_numpy(columns_of(ids, self._ids))
+        one = self.table.new_ones(())
+        for plane in self.table.unbind(1):
+            plane.index_put_((slots, columns), one, accumulate=True)
 
     def release(self, row: int) -> None:
         slot = self._slots.pop(row, None)

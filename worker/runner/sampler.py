@@ -11,7 +11,7 @@ is that of one rank. Rows whose processors weigh tokens against each other are g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from worker.runner import noise
 from worker.runner.noise import Doubles
-from worker.runner.rows import Ints, Rows, is_among
+from worker.runner.rows import AnyInts, Ints, Rows, is_among
 from worker.runner.vocabulary import Vocabulary
 
 Flags = npt.NDArray[np.bool_]
@@ -52,6 +52,12 @@ class Sampled:
     errors: dict[int, str] = field(default_factory=dict)
 
 
+def chosen(sampled: Sampled, places: Ints) -> Sampled:
+    """What was picked at some of the places, without errors."""
+    tops = [sampled.top_tokens[place] for place in places] if sampled.top_tokens else []
+    return Sampled(sampled.ids[places], sampled.logprobs[places], tops)
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """Rows to pick tokens for, out of the token ids `ids`; `counts` int32 [rows with penalties, 2, ids]."""
@@ -69,32 +75,42 @@ class _Task:
         return replace(self, rows=rows, output_indices=indices, parameters=parameters)
 
 
-def sample(logits: Tensor, rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary) -> Sampled:
-    """Pick one token for each of k rows.
+def sample(
+    logits: Tensor,
+    rows: Ints,
+    output_indices: Ints,
+    state: Rows,
+    vocabulary: Vocabulary,
+    beyond: Sequence[AnyInts] = (),
+) -> Sampled:
+    """Pick one token at each of k places of rows.
 
     `logits` [k, this rank's part of the vocabulary] of any floating type; `rows` [k] where each one's parameters are in
-    `state`; `output_indices` [k] index of the token to pick within the row's output. `state` is only read.
+    `state`; `output_indices` [k] index of the token to pick within the row's output. `state` is only read; where it
+    does not know all output before a place, the rest is in `beyond` [k].
 
     Ranks exchange five numbers for each row that is decided by the best tokens of their parts, in one collective; the
     logits of all other rows in another, and the token counts of those with penalties among these in a third.
     """
     if not vocabulary.is_split:
-        return _sample_here(logits, _task(rows, output_indices, state, vocabulary))
+        return _sample_here(logits, _task(rows, output_indices, state, vocabulary, beyond))
     needs_whole = state.parameters["needs_whole"][rows]
     ways, found = {_sample_gathered: needs_whole, _sample_split: ~needs_whole}, []
     for run, is_member in ways.items():
         members = np.flatnonzero(is_member)
         if len(members):
-            task = _task(rows[members], output_indices[members], state, vocabulary)
+            theirs = [beyond[member] for member in members.tolist()] if beyond else ()
+            task = _task(rows[members], output_indices[members], state, vocabulary, theirs)
             mine = logits if len(members) == len(rows) else logits[torch.from_numpy(members)]
             found.append((members, run(mine, task, vocabulary)))
     return found[0][1] if len(found) == 1 else _merge(found, len(rows))
 
 
-def _task(rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary) -> _Task:
+def _task(rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary, beyond: Sequence[AnyInts]) -> _Task:
     parameters = state.parameters[rows]
-    counted = rows[parameters["needs_counts"]]
-    counts = state.counts.of(counted) if len(counted) else None
+    counted, counts = np.flatnonzero(parameters["needs_counts"]), None
+    if len(counted):
+        counts = state.counts.of(rows[counted], [beyond[place] for place in counted.tolist()] if beyond else ())
     return _Task(rows, output_indices, parameters, state.stop_ids, vocabulary.mine, counts)
 
 

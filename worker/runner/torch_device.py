@@ -18,8 +18,9 @@ from worker.model.lora import LoraSlots
 from worker.model.t5 import T5
 from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
+from worker.runner.places import Places, ascending
 from worker.runner.rows import Ints, Rows
-from worker.runner.sampler import sample
+from worker.runner.sampler import Sampled, chosen, sample
 from worker.runner.vocabulary import Vocabulary
 
 Model = Decoder | T5
@@ -59,6 +60,7 @@ class TorchDevice:
         self._vocabulary = Vocabulary(model.spec.vocab_size, model.group)
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, self._vocabulary.mine)
         self._row_errors: dict[int, str] = {}
+        self._step_slots = torch.zeros(0, dtype=torch.int64)
         self._logits = torch.zeros((0, len(model.vocabulary)), dtype=model.dtype)
 
     @property
@@ -71,13 +73,12 @@ class TorchDevice:
         rows, num_queries = plan.rows.astype(np.int64), plan.num_tokens.astype(np.int64)
         starts, ends = plan.starts.astype(np.int64), np.cumsum(num_queries)
         tokens = self._tokens(plan, ends)
-        offsets = np.arange(len(tokens)) - np.repeat(ends - num_queries, num_queries)
-        positions = np.repeat(starts, num_queries) + offsets
+        positions = ascending(starts, num_queries)
         owners = np.repeat(rows, num_queries)
         slots = self._slots(self.rows.block_tables, owners, positions)
         self._adapters.use(owners)
         batch = Batch(num_queries, starts, self._tables(self.rows.block_tables, rows, starts + num_queries), slots)
-        wanted = torch.from_numpy(ends[plan.samples] - 1)
+        self._step_slots, wanted = slots, torch.from_numpy(Places(plan).tokens)
         step = (torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted)
         if isinstance(self._model, T5):
             self._logits = self._model.forward(*step, self._cross(rows, batch))
@@ -86,20 +87,22 @@ class TorchDevice:
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan) -> StepResult:
-        rows = plan.rows[plan.samples].astype(np.int64)
-        last_positions = (plan.starts + plan.num_tokens - 1)[plan.samples]
-        output_indices = last_positions + 1 - self.rows.parameters["num_prompt"][rows]
-        sampled = sample(self._logits, rows, output_indices, self.rows, self._vocabulary)
-        self.rows.remember(rows, sampled.ids)
-        places = np.flatnonzero(plan.samples).tolist()
-        errors = {places[index]: error for index, error in sampled.errors.items()} | {
-            place: self._row_errors[row] for place, row in enumerate(plan.rows.tolist()) if row in self._row_errors
-        }
+        places = Places(plan)
+        output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
+        before = places.drafts_before if places.has_drafts else ()
+        sampled = sample(self._logits, places.rows, output_indices, self.rows, self._vocabulary, before)
+        num_ids, errors = places.num_ids(sampled), places.errors(sampled)
+        if places.has_drafts:
+            self._clear_spoilt(places.tokens[places.that_spoil(sampled, num_ids)])
+            sampled = chosen(sampled, places.that_count(num_ids))
+        self.rows.remember(np.repeat(plan.rows[plan.samples], num_ids), sampled.ids)
+        errors |= {place: self._row_errors[row] for place, row in enumerate(plan.rows) if row in self._row_errors}
         return StepResult(
             ids=sampled.ids.astype(np.int32),
             logprobs=sampled.logprobs,
             top_tokens=sampled.top_tokens,
             errors=errors,
+            num_ids=num_ids.astype(np.int32),
         )
 
     def collect(self, handle: StepResult) -> StepResult:
@@ -129,6 +132,12 @@ class TorchDevice:
         blocks = np.array([*plan.block_ids[~is_filled], *crosses], np.int64)
         if len(blocks):
             self.pages.view(torch.uint8).index_fill_(2, torch.from_numpy(blocks), 0)
+
+    def _clear_spoilt(self, tokens: Ints) -> None:
+        """Leave nothing of drafts that masking could not hide from their row when it goes on without them."""
+        if len(tokens):
+            slots = self._step_slots[torch.from_numpy(tokens)]
+            self.pages.view(torch.uint8).flatten(2, 3).index_fill_(2, slots, 0)
 
     def _encode(self, model: T5, init: RowInit) -> None:
         tokens = init.encoder_ids.astype(np.int64)

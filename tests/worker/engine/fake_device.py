@@ -8,7 +8,7 @@ an adapter does to keys and values is another beginning of every digest.
 
 Like a GPU it is late: what `forward` stages on the side (rows, tables) happens at the call, what it computes
 happens only when the result is collected. Moving into a row or a block that an uncollected step still uses is
-therefore an error.
+therefore an error, and so is going on with a row whose drafts are not compared yet.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from common.job import SamplingParams
 from worker.engine.adapters import NO_SLOT
 from worker.engine.device import RowInit, StepPlan, StepResult
 from worker.engine.scheduler import EngineLimits
+from worker.engine.speculation import MAX_DRAFTS_PER_STEP
 from worker.pipe import AdapterChecked
 
 MASK = (1 << 63) - 1
@@ -107,6 +108,7 @@ class Row:
     root: int = 0
     encoder: list[int] = field(default_factory=list)
     num_launched: int = -1
+    is_guessing: bool = False
 
     def push(self, token: int) -> None:
         self.tokens.append(token)
@@ -137,6 +139,7 @@ class FakeDevice:
         self.staged: deque[Staged] = deque()
         self.last_step = 0
         self.num_passes_beside_others = 0
+        self.num_rejected_blocks = 0
 
     def forward(self, plan: StepPlan) -> None:
         self._check_shape(plan)
@@ -152,8 +155,9 @@ class FakeDevice:
         for init in plan.new_rows:
             self._move_in(init)
         self._grow_tables(plan)
-        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist()):
-            self._launch_row(self.rows[row], start, count)
+        columns = (plan.rows, plan.starts, plan.num_tokens, plan.num_drafts)
+        for row, start, count, num_drafts in zip(*(column.tolist() for column in columns)):
+            self._launch_row(self.rows[row], start, count, num_drafts)
         blocks = {block for row in plan.rows.tolist() for block in self._blocks_of(row)}
         self.staged.append(Staged(plan, [self.rows[row] for row in plan.rows.tolist()], blocks))
         used = {row.init.adapter_slot for row in self.staged[-1].rows} - {NO_SLOT}
@@ -168,12 +172,14 @@ class FakeDevice:
         require(self.staged and self.staged[0] is handle and handle.is_sampled, "collected out of order")
         self._run_encoder(handle)
         reads = self._read_all(handle)
-        ids = self._write_and_sample(handle, reads)
+        picks = self._write_and_sample(handle, reads)
         self.staged.popleft()
         sampling = [row for row, samples in zip(handle.rows, handle.plan.samples.tolist()) if samples]
-        wanted = [row.init.params.num_top_logprobs for row in sampling]
+        wanted = [row.init.params.num_top_logprobs for row, picked in zip(sampling, picks) for _ in picked]
+        ids = [token for picked in picks for token in picked]
         return StepResult(
             ids=np.array(ids, np.int32),
+            num_ids=np.array([len(picked) for picked in picks], np.int32),
             logprobs=np.array([logprob_of(token) for token in ids], np.float32),
             top_tokens=[[(token, -float(rank)) for rank in range(count)] for token, count in zip(ids, wanted)]
             if any(wanted)
@@ -196,8 +202,14 @@ class FakeDevice:
         require(plan.step == self.last_step + 1, f"step {plan.step} after {self.last_step}")
         self.last_step = plan.step
         require(num_rows > 0 and len(set(plan.rows.tolist())) == num_rows, "no rows, or one twice")
-        require(len(plan.num_tokens) == len(plan.starts) == len(plan.samples) == num_rows, "columns differ in length")
-        require(plan.num_tokens.min() >= 1 and len(plan.tokens) == num_tokens, "token counts are wrong")
+        columns = (plan.num_tokens, plan.num_drafts, plan.starts, plan.samples)
+        require(all(len(column) == num_rows for column in columns), "columns differ in length")
+        num_drafts = plan.num_drafts
+        require(num_drafts.max() <= limits.max_drafts and num_drafts.sum() <= MAX_DRAFTS_PER_STEP, "too many drafts")
+        require(plan.samples[num_drafts > 0].all(), "drafts of a row that does not sample")
+        num_tokens -= int(num_drafts.sum())
+        require(plan.num_tokens.min() >= 1 and len(plan.tokens) == plan.num_tokens.sum(), "token counts are wrong")
+        require((num_drafts < plan.num_tokens).all(), "drafts behind nothing")
         require(num_tokens <= limits.max_batch_prefill_tokens + limits.max_num_seqs, "the step is too large")
         require(
             (plan.starts + plan.num_tokens).max() <= limits.max_total_tokens, "a row grew beyond the longest request"
@@ -207,7 +219,7 @@ class FakeDevice:
 
     def _check_budget(self, plan: StepPlan) -> None:
         passes = [len(init.encoder_ids) for init in plan.new_rows if len(init.encoder_ids)]
-        num_paid = int((plan.num_tokens - 1).sum()) + sum(passes)
+        num_paid = int((plan.num_tokens - plan.num_drafts - 1).sum()) + sum(passes)
         require(len(passes) <= 1, "two encoder passes in one step")
         require(num_paid <= self.limits.max_batch_prefill_tokens, f"{num_paid} tokens of prompts in one step")
         self.num_passes_beside_others += bool(passes) and len(plan.rows) > 1
@@ -265,13 +277,14 @@ class FakeDevice:
             require(not (is_fresh and block in in_flight), f"block {block} is reused while in flight")
             self.tables[row, offset] = block
 
-    def _launch_row(self, row: Row, start: int, count: int) -> None:
+    def _launch_row(self, row: Row, start: int, count: int, num_drafts: int) -> None:
         if row.num_launched < 0:
             require(start % self.limits.block_size == 0, "a prefix hit is not of whole blocks")
             require(start == 0 or not self.limits.has_encoder, "a prefix hit behind an encoder")
         else:
             require(start == row.num_launched, f"a row jumps from {row.num_launched} to {start}")
-        row.num_launched = start + count
+            require(not row.is_guessing, "a row goes on before its drafts are compared")
+        row.num_launched, row.is_guessing = start + count, num_drafts > 0
 
     def _blocks_of(self, row: int) -> list[int]:
         return [block for block in self.tables[row].tolist() if block] + self.rows[row].init.cross_blocks.tolist()
@@ -313,30 +326,57 @@ class FakeDevice:
         require(np.array_equal(digests, truth.digests[:start]), f"{truth.init.request_id}: pages hold another history")
         return int(digests[-1]) if start else root
 
-    def _write_and_sample(self, step: Staged, reads: list[int]) -> list[int]:
-        plan, ids, offset = step.plan, [], 0
+    def _write_and_sample(self, step: Staged, reads: list[int]) -> list[list[int]]:
+        """What each sampling row picks."""
+        plan, picks, offset = step.plan, [], 0
         for index, row in enumerate(plan.rows.tolist()):
             truth, count, start = step.rows[index], int(plan.num_tokens[index]), int(plan.starts[index])
-            digest = self._write(truth, row, start, plan.tokens[offset : offset + count].tolist(), reads[index])
+            num_own = count - int(plan.num_drafts[index])
+            tokens = plan.tokens[offset : offset + count].tolist()
+            self._check_input(truth, start, tokens[:num_own], num_own == count)
+            digests = self._write(truth, row, start, tokens, reads[index])
             offset += count
             require(
-                bool(plan.samples[index]) == (start + count == len(truth.tokens)), "sampled in the middle of a prompt"
+                bool(plan.samples[index]) == (start + num_own == len(truth.tokens)), "sampled in the middle of a prompt"
             )
             if plan.samples[index]:
-                ids.append(self._sample(truth, digest))
-        return ids
+                picks.append(self._sample_all(truth, tokens[num_own:], digests[num_own - 1 :]))
+        return picks
 
-    def _write(self, truth: Row, row: int, start: int, tokens: list[int], digest: int) -> int:
+    def _check_input(self, truth: Row, start: int, tokens: list[int], may_be_late: bool) -> None:
         for position, token in enumerate(tokens, start):
             if token == -1:
-                require(position == start + len(tokens) - 1, "a token on the device is not the last of its row")
-                token = truth.tokens[position]
-            require(token == truth.tokens[position], f"{truth.init.request_id}: input {position} is another token")
-            digest = chain(digest, token)
+                is_last = position == start + len(tokens) - 1
+                require(is_last and may_be_late, "a token on the device is not the last of its row")
+            else:
+                require(token == truth.tokens[position], f"{truth.init.request_id}: input {position} is another token")
+
+    def _write(self, truth: Row, row: int, start: int, tokens: list[int], digest: int) -> list[int]:
+        """Digests of the prefixes that end with each of the tokens; drafts are written like any other."""
+        digests = []
+        for position, token in enumerate(tokens, start):
+            digest = chain(digest, truth.tokens[position] if token == -1 else token)
+            digests.append(digest)
             block, slot = self.tables[row, position // self.limits.block_size], position % self.limits.block_size
             require(block > 0, f"{truth.init.request_id}: position {position} has no block")
             self.positions[block, slot], self.digests[block, slot] = position, digest
-        return digest
+        return digests
+
+    def _sample_all(self, truth: Row, drafts: list[int], digests: list[int]) -> list[int]:
+        """What is sampled behind the last token, and behind drafts as long as they are right."""
+        start, picks = len(truth.tokens) - 1, []
+        for digest, draft in zip(digests, [*drafts, None]):
+            picks.append(self._sample(truth, digest))
+            if not self._is_right(picks[-1], draft):
+                break
+        if drafts:
+            truth.num_launched, truth.is_guessing = start + len(picks), False
+        last_block = (start + len(drafts)) // self.limits.block_size
+        self.num_rejected_blocks += start + len(picks) <= last_block * self.limits.block_size
+        return picks
+
+    def _is_right(self, pick: int, draft: int | None) -> bool:
+        return pick == draft
 
     def _sample(self, truth: Row, digest: int) -> int:
         params, index = truth.init.params, len(truth.tokens) - len(truth.init.prompt_ids)

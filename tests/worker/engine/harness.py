@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from common.job import Adapter, SamplingParams
+from tests.support.guesser import Guesser
 from tests.worker.engine.fake_device import FakeDevice, Oracle, logprob_of
 from worker.engine.loop import EngineLoop
 from worker.engine.pacing import PrefillPacer
@@ -85,9 +86,10 @@ class Harness:
         scheduler_class: type[Scheduler] = Scheduler,
         broken: dict[str, str] | None = None,
         commits: bool = True,
+        device_class: type[FakeDevice] = FakeDevice,
     ) -> None:
         self.limits = engine_limits or limits()
-        self.device = FakeDevice(self.limits, depth, broken)
+        self.device = device_class(self.limits, depth, broken)
         self.scheduler = scheduler_class(self.limits)
         self.clock = Clock()
         self.inbox: SimpleQueue[Message | None] = SimpleQueue()
@@ -102,6 +104,17 @@ class Harness:
     @property
     def stats(self) -> dict[str, float]:
         return self.scheduler.snapshot()
+
+    def guess(self, seed: int = 0, guesser_class: type[Guesser] = Guesser) -> None:
+        """Drafts as if half of them were looked up well, instead of those that the requests' own tokens suggest."""
+        most = self.limits.max_drafts
+        self.scheduler.speculator = guesser_class(most, lambda request_id: self.expected(request_id)[0], seed)
+
+    def settle(self) -> None:
+        """Apply all that is launched, as when the loop pauses: only then may rows of deep devices have drafts."""
+        while self.loop._pending:
+            self.loop._apply_oldest()
+            self.scheduler.check()
 
     def expect_no_output(self) -> None:
         """Let everyone in whose prompt fits, so that the pool runs out again and again."""
@@ -134,12 +147,8 @@ class Harness:
 
     def check_outcomes(self) -> None:
         """Every request got exactly what it gets alone, an aborted one a prefix of it; nothing is left behind."""
-        oracle = Oracle(self.limits.vocab_size, self.limits.decoder_start_id)
         for request_id, outcome in self.outcomes.items():
-            message = self.submits[request_id]
-            expected, finish = oracle.generate(
-                message.prompt_ids, message.output_ids, message.params, message.eos_token_ids, digest_of(message)
-            )
+            expected, finish = self.expected(request_id)
             if outcome.is_aborted and not outcome.finish:
                 assert outcome.ids == expected[: len(outcome.ids)], request_id
             else:
@@ -147,6 +156,13 @@ class Harness:
         assert not self.scheduler.requests
         assert self.scheduler.pool.num_free == self.limits.num_blocks
         assert not self.scheduler._computing
+
+    def expected(self, request_id: str) -> tuple[list[int], str]:
+        """Output and end of a request that runs alone."""
+        oracle, message = Oracle(self.limits.vocab_size, self.limits.decoder_start_id), self.submits[request_id]
+        return oracle.generate(
+            message.prompt_ids, message.output_ids, message.params, message.eos_token_ids, digest_of(message)
+        )
 
     def _receive(self, step: Step | AdapterChecked) -> None:
         if isinstance(step, AdapterChecked):
@@ -171,10 +187,10 @@ def digest_of(message: Submit) -> str:
     return message.adapter.digest if message.adapter else ""
 
 
-def random_traffic(harness: Harness, seed: int, num_requests: int, num_adapters: int = 0) -> None:
+def random_traffic(harness: Harness, seed: int, num_requests: int, num_adapters: int = 0, pauses: float = 0.0) -> None:
     """Random arrivals with shared beginnings, equal prompts, stops, migrated jobs, suspects and aborts at any time.
 
-    With `num_adapters` three of four requests have one of so many.
+    With `num_adapters` three of four requests have one of so many. `pauses` is how often the loop comes to rest.
     """
     rng = random.Random(seed)
     stems = [[rng.randrange(8, 50) for _ in range(24)] for _ in range(3)]
@@ -194,6 +210,8 @@ def random_traffic(harness: Harness, seed: int, num_requests: int, num_adapters:
         harness.submit(message)
         for _ in range(rng.choice([0, 0, 1, 2])):
             harness.run_pass()
+            if pauses and rng.random() < pauses:
+                harness.settle()
         if rng.random() < 0.15:
             harness.abort(f"r{rng.randrange(index + 1)}")
     harness.run_until_idle()

@@ -17,14 +17,14 @@ from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, EngineS
 from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
-from worker.engine.scheduler import EngineLimits, Scheduler
+from worker.engine.scheduler import EngineLimits, Picks, Scheduler
 from worker.pipe import Commit, Failed, Message, Stop, TokenRun
 
 DEPTHS = [0, 1, 2]
 NUM_REQUESTS = 500
 STATS = [
     *("steps", "batch_max", "preemptions", "prefix_hits", "prefix_hit_tokens", "chunked_prompts", "prefill_tokens"),
-    *("decode_tokens", "encoder_passes", "encoder_tokens"),
+    *("decode_tokens", "encoder_passes", "encoder_tokens", "draft_tokens", "accepted_tokens"),
     *("running", "waiting", "waiting_for_slot", "blocks_free", "blocks_total", "step_ms"),
 ]
 
@@ -143,14 +143,12 @@ class ReusesRows(Scheduler):
 class KeepsLateTokens(Scheduler):
     """A token that was sampled after the end still goes out."""
 
-    def _apply_sample(
-        self, entry: Entry, result: StepResult, index: int, token_id: int, logprob: float
-    ) -> list[TokenRun]:
-        runs = super()._apply_sample(entry, result, index, token_id, logprob)
+    def _apply_sample(self, entry: Entry, picks: Picks) -> list[TokenRun]:
+        runs = super()._apply_sample(entry, picks)
         if runs:
             return runs
         request = entry.request
-        return [TokenRun(request_id=request.request_id, epoch=request.epoch, ids=[token_id], logprobs=[logprob])]
+        return [TokenRun(request_id=request.request_id, epoch=request.epoch, ids=picks.ids, logprobs=picks.logprobs)]
 
 
 MISTAKES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from worker.engine.device import StepResult
 from worker.engine.plan import Launch, PlanBuilder
 from worker.engine.request import Request, request_of
 from worker.engine.scheduler import EngineLimits, Scheduler, limits_of
+from worker.engine.speculation import Speculator
 from worker.pipe import Ready, TokenRun
 
 PLENTY = 10_000
+SEEN = {"drafts": 0, "retries": 0}
 
 
 def result_of(launch: Launch, token: int = 9, errors: dict[int, str] | None = None) -> StepResult:
@@ -65,6 +68,15 @@ def ids_of(launch: Launch) -> list[str]:
     return [entry.request.request_id for entry in launch.entries]
 
 
+class SameForAll(Speculator):
+    """The same number of drafts for everybody, as far as they may have some."""
+
+    count = 0
+
+    def drafts(self, requests: Sequence[Request]) -> dict[str, list[int]]:
+        return {request.request_id: [9] * min(self.count, most) for request, most in self._guessable(requests)}
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals, aborts, launches up to a depth and results in any order that a device allows."""
 
@@ -74,14 +86,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         prefill=st.integers(1, 40),
         has_encoder=st.booleans(),
+        max_drafts=st.integers(2, 9),
     )
-    def start(self, depth: int, num_blocks: int, max_num_seqs: int, prefill: int, has_encoder: bool) -> None:
+    def start(
+        self, depth: int, num_blocks: int, max_num_seqs: int, prefill: int, has_encoder: bool, max_drafts: int
+    ) -> None:
         make = encoder_limits if has_encoder else limits
-        sizes = make(num_blocks=num_blocks + has_encoder, max_num_seqs=max_num_seqs, max_batch_prefill_tokens=prefill)
+        sizes = make(
+            num_blocks=num_blocks + has_encoder,
+            max_num_seqs=max_num_seqs,
+            max_batch_prefill_tokens=prefill,
+            max_drafts=max_drafts,
+        )
         self.depth, self.scheduler = depth, Scheduler(sizes)
+        self.guesser = self.scheduler.speculator = SameForAll(max_drafts)
         self.launched: deque[Launch] = deque()
         self.ended: set[str] = set()
         self.num_arrivals = 0
+        for seed in range(3):
+            self.arrive(length=min(prefill, 5), seed=seed, max_new=24, is_suspect=False)
 
     @rule(length=st.integers(1, 36), seed=st.integers(0, 2), max_new=st.integers(1, 24), is_suspect=st.booleans())
     def arrive(self, length: int, seed: int, max_new: int, is_suspect: bool) -> None:
@@ -100,9 +123,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.abort(request_id)
         self.ended.add(request_id)
 
-    @precondition(lambda self: len(self.launched) <= self.depth)
-    @rule(budget=st.integers(1, 40))
-    def launch(self, budget: int) -> None:
+    @precondition(lambda self: self.scheduler.requests and len(self.launched) <= self.depth)
+    @rule(budget=st.integers(1, 40), num_drafts=st.integers(0, 9))
+    def launch(self, budget: int, num_drafts: int) -> None:
+        self.guesser.count = num_drafts
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         before, waiting = self.scheduler.stats.preemptions, list(self.scheduler.waiting)
         launch = self.scheduler.schedule(budget)
@@ -123,11 +147,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.launched.append(launch)
 
     @precondition(lambda self: self.launched)
-    @rule(tokens=st.lists(st.sampled_from([9, 10, EOS]), min_size=6, max_size=6))
-    def apply(self, tokens: list[int]) -> None:
+    @rule(
+        tokens=st.lists(st.sampled_from([9, 9, 10, EOS]), min_size=6, max_size=6),
+        shares=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    )
+    def apply(self, tokens: list[int], shares: list[float]) -> None:
+        """A row with drafts keeps a share of what it may keep, none of it if that is below 0.2."""
         launch = self.launched.popleft()
-        count = int(launch.plan.samples.sum())
-        result = StepResult(ids=np.array(tokens[:count], np.int32), logprobs=np.zeros(count, np.float32))
+        num_drafts = launch.plan.num_drafts[launch.plan.samples]
+        SEEN["drafts"] += int(num_drafts.sum())
+        num_ids = np.where(num_drafts, np.ceil((num_drafts + 1) * (np.array(shares)[: len(num_drafts)] - 0.2) / 0.8), 1)
+        num_ids = np.maximum(num_ids, 0).astype(np.int32)
+        SEEN["retries"] += int((num_ids == 0).sum())
+        ids, count = np.resize(tokens, num_ids.sum()).astype(np.int32), num_ids.sum()
+        result = StepResult(ids=ids, logprobs=np.zeros(count, np.float32), num_ids=num_ids)
         for run in self.scheduler.apply(launch, result):
             assert run.request_id not in self.ended, "a token after the end"
             if run.finish:
@@ -148,7 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.launched:
-            self.apply([9] * 6)
+            self.apply([9] * 6, [1.0] * 6)
         for request_id in list(self.scheduler.requests):
             self.scheduler.abort(request_id)
         self.scheduler.check()
@@ -158,6 +191,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_drafts_were_among_what_the_machine_did() -> None:
+    assert SEEN["drafts"] >= 50
+    assert SEEN["retries"] >= 1
 
 
 # The prefix cache.
@@ -552,7 +590,7 @@ def test_limits_come_from_the_loaded_device(has_encoder: bool, is_caching: bool)
         reasons=[],
         decoder_start_id=START if has_encoder else None,
     )
-    assert limits_of(ready, prefix_caching=is_caching) == EngineLimits(
+    assert limits_of(ready, prefix_caching=is_caching, max_drafts=5) == EngineLimits(
         vocab_size=50,
         block_size=4,
         num_blocks=21,
@@ -561,6 +599,7 @@ def test_limits_come_from_the_loaded_device(has_encoder: bool, is_caching: bool)
         max_batch_prefill_tokens=16,
         prefix_caching=is_caching and not has_encoder,
         decoder_start_id=START if has_encoder else None,
+        max_drafts=5,
     )
 
 

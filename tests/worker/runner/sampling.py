@@ -42,8 +42,9 @@ def state_of(rows: list[Row], ids: range) -> tuple[Rows, np.ndarray]:
     ]
     state.apply(
         StepPlan(
-            step=1, rows=EMPTY, num_tokens=EMPTY, starts=EMPTY, tokens=EMPTY, samples=EMPTY.astype(bool),
-            block_rows=EMPTY, block_offsets=EMPTY, block_ids=EMPTY, new_rows=inits, freed_rows=EMPTY,
+            step=1, rows=EMPTY, num_tokens=EMPTY, num_drafts=EMPTY, starts=EMPTY, tokens=EMPTY,
+            samples=EMPTY.astype(bool), block_rows=EMPTY, block_offsets=EMPTY, block_ids=EMPTY, new_rows=inits,
+            freed_rows=EMPTY,
         )
     )  # fmt: skip
     return state, places

@@ -116,6 +116,25 @@ def test_a_tiny_model_loads_reports_and_answers_like_transformers(engine):
     engine.close()
 
 
+def guessing_ranks(folder: Path) -> dict:
+    return tiny_settings(folder) | dict(num_shard=NUM_RANKS, speculate=8)
+
+
+@pytest.mark.parametrize("engine", [guessing_ranks], indirect=True)
+def test_ranks_that_guess_ahead_answer_like_transformers(engine):
+    while not isinstance(engine.receive(), Ready):
+        pass
+    params, prompts = SamplingParams(max_new_tokens=90), {"a": [9] * 4, "b": [5, 6, 7] * 6}
+    fields = dict(epoch=1, output_ids=[], params=params, eos_token_ids=[])
+    got = tokens_of(engine, *(Submit(request_id=name, prompt_ids=ids, **fields) for name, ids in prompts.items()))
+    model = tiny_models.build("qwen3").double()
+    assert got == {name: (greedy(model, ids, 90), "") for name, ids in prompts.items()}
+    assert engine.stats["accepted_tokens"] >= 3
+    engine.send(Stop())
+    assert engine.process.wait(DEADLINE_S) == 0
+    engine.close()
+
+
 def tiny_settings_of_ranks(folder: Path) -> dict:
     return dict(model_id=str(tiny_models.save("llama", folder)), num_shard=NUM_RANKS)
 
@@ -152,6 +171,7 @@ def tokens_of(engine, *messages: Submit) -> dict[str, tuple[list[int], str]]:
         step = engine.receive()
         assert isinstance(step, Step), step
         engine.send(Commit(step.step))
+        engine.stats = step.stats
         for run in step.runs:
             got[run.request_id] += run.ids
             if run.finish:

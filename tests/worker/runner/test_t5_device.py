@@ -197,7 +197,7 @@ def ints(values) -> np.ndarray:
 def plan(rows, num_tokens, starts, tokens, blocks=(), new_rows=()) -> StepPlan:
     return StepPlan(
         step=1, rows=ints(rows), num_tokens=ints(num_tokens), starts=ints(starts), tokens=ints(tokens),
-        samples=np.ones(len(rows), np.bool_), block_rows=ints(b[0] for b in blocks),
+        num_drafts=ints(0 for _ in rows), samples=np.ones(len(rows), np.bool_), block_rows=ints(b[0] for b in blocks),
         block_offsets=ints(b[1] for b in blocks), block_ids=ints(b[2] for b in blocks),
         new_rows=list(new_rows), freed_rows=ints([]),
     )  # fmt: skip

@@ -229,11 +229,12 @@ def test_another_seed_gives_another_text(load):
 # ------------------------------------------------------------------ plans written by hand
 
 
-def plan(rows=(), counts=(), starts=(), tokens=(), samples=(), blocks=(), new=(), freed=()) -> StepPlan:
+def plan(rows=(), counts=(), starts=(), tokens=(), samples=(), blocks=(), new=(), freed=(), drafts=()) -> StepPlan:
     return StepPlan(
         step=1,
         rows=ints(rows),
         num_tokens=ints(counts),
+        num_drafts=ints(drafts or [0] * len(rows)),
         starts=ints(starts),
         tokens=ints(tokens),
         samples=np.array(samples, dtype=bool),
