@@ -304,8 +304,8 @@ class WorkerSettings(CommonSettings):
     )
     speculate: Annotated[int, Field(ge=0, le=MAX_SPECULATE)] = option(
         0,
-        "tokens that one step may guess ahead for a request that repeats or copies; they cost nothing but time, and are "
-        "not tried where that does not pay; 0: none",
+        "most tokens that a step guesses ahead for a request out of its own ones; tried where it pays only, and "
+        "changes no answer; 0: none",
         "speculate",
     )
     lora_adapters: Names = option(

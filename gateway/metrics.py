@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from common.errors import StoreError
@@ -60,6 +60,7 @@ class FleetCollector(Collector):
             yield CounterMetricFamily(f"inferfleet_hub_{name}", f"{name.replace('_', ' ')} since start", value)
         yield from self._lanes()
         yield from self._workers()
+        yield self._skipped()
 
     def _lanes(self) -> Iterator[Metric]:
         for name in ("queued", "queued_tokens", "running", "workers", "dead_letters"):
@@ -68,11 +69,26 @@ class FleetCollector(Collector):
                 family.add_metric([model], queue.get(name, 0))
             yield family
 
+    def _skipped(self) -> Metric:
+        """TGI's name for the tokens beyond one that a step brought a request."""
+        of_all = [info.stats for info in self.snapshot.workers]
+        num_steps, num_skipped = (sum(s.get(name, 0) for s in of_all) for name in ("decode_tokens", "accepted_tokens"))
+        text = "drafts that were right, by request and step"
+        return SummaryMetricFamily(
+            "tgi_request_skipped_tokens", text, count_value=int(num_steps), sum_value=num_skipped
+        )
+
     def _workers(self) -> Iterator[Metric]:
         for name in ("running", "waiting", "kv_free", "kv_total", "tokens"):
             family = GaugeMetricFamily(f"inferfleet_worker_{name}", f"{name} of a worker", labels=["worker", "model"])
             for info in self.snapshot.workers:
                 family.add_metric([info.id, info.model], getattr(info, name))
+            yield family
+        for name in ("draft_tokens", "accepted_tokens"):
+            text = f"{name.replace('_', ' ')} of a worker's engine since its start"
+            family = GaugeMetricFamily(f"inferfleet_worker_{name}", text, labels=["worker", "model"])
+            for info in self.snapshot.workers:
+                family.add_metric([info.id, info.model], info.stats.get(name, 0))
             yield family
 
 

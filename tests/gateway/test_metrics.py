@@ -6,7 +6,7 @@ from common.store.connection import Connection
 from tests.gateway.conftest import StartGateway
 from tests.support.live_gateway import LiveGateway
 from tests.support.protocol import eventually
-from tests.support.scripted_worker import ScriptedWorker
+from tests.support.scripted_worker import STATS, ScriptedWorker
 
 
 async def samples(gateway: LiveGateway) -> dict[str, float]:
@@ -62,6 +62,10 @@ async def test_gauges_tell_of_fleet_and_hub(gateway: LiveGateway, worker: Script
     assert seen["inferfleet_queued{model=demo}"] == 1 and seen["inferfleet_workers{model=demo}"] == 1
     assert seen["inferfleet_worker_running{model=demo,worker=w1}"] == 1
     assert (seen["inferfleet_followers"], seen["inferfleet_followed_jobs"], seen["inferfleet_redis_up"]) == (1, 1, 1)
+    assert seen["inferfleet_worker_draft_tokens{model=demo,worker=w1}"] == STATS["draft_tokens"]
+    assert seen["inferfleet_worker_accepted_tokens{model=demo,worker=w1}"] == STATS["accepted_tokens"]
+    assert seen["tgi_request_skipped_tokens_sum"] == STATS["accepted_tokens"]
+    assert seen["tgi_request_skipped_tokens_count"] == STATS["decode_tokens"]
     for name in ("gaps_healed", "rewinds", "resubscribed", "resubmitted", "log_reads"):
         assert f"inferfleet_hub_{name}_total" in seen
 

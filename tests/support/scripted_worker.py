@@ -26,6 +26,7 @@ from tests.support.tiny_model import byte_tokenizer_json
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 CHUNK = 8
 UNTIL_THE_END = 10**9
+STATS = {"waiting": 0.0, "decode_tokens": 40.0, "draft_tokens": 30.0, "accepted_tokens": 24.0}
 
 
 def text_of(num_tokens: int) -> str:
@@ -126,7 +127,7 @@ class ScriptedWorker:
                 gateway_frames={gateway: wire.encode_frame(runs) for gateway, runs in frames.items()},
                 chunks=chunks,
                 finishes=finishes,
-                stats={"waiting": 0.0},
+                stats=STATS,
             )
         )
         self._previous, self._cursor = self._step, reply.control_cursor

@@ -20,7 +20,7 @@ from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
 from worker.runner.places import Places, ascending
 from worker.runner.rows import Ints, Rows
-from worker.runner.sampler import Sampled, chosen, sample
+from worker.runner.sampler import chosen, sample
 from worker.runner.vocabulary import Vocabulary
 
 Model = Decoder | T5
