@@ -344,7 +344,9 @@ class WorkerSettings(CommonSettings):
         "prefix_caching",
         "enable_prefix_caching",
     )
-    attention: Literal["auto", "cpu", "reference"] = option("auto", "attention implementation")
+    attention: Literal["auto", "cpu", "reference"] = option(
+        "auto", "attention implementation; auto: our kernels where there are some, else torch's (cpu)"
+    )
     cpu_kernels: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "off"] = option(
         "auto", "instruction set that C++ kernels are compiled for; off: torch alone"
     )

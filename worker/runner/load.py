@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from common.errors import ConfigurationError
 from common.settings import WorkerSettings
 from worker.attention import Attention
 from worker.attention.cpu import CpuAttention
+from worker.attention.native import QUERY_TYPES, NativeAttention
 from worker.attention.pages import choose_kv_type, page_width
 from worker.attention.reference import ReferenceAttention
 from worker.kernels.build import load_library
@@ -186,13 +188,21 @@ def _load(
     if kernels is not None:
         kernels.inferfleet_set_threads(torch.get_num_threads())
     operations = Operations() if kernels is None else CpuOperations(kernels)
-    attention: Attention = ReferenceAttention() if settings.attention == "reference" else CpuAttention()
+    attention = _attention(settings.attention, kernels, dtype)
     if isinstance(spec, T5Spec):
         t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
         return T5(spec, pack(t5_weights, kernels), attention, group, operations)
     weights = pack(load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters), kernels)
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest, operations)
+
+
+def _attention(option: str, kernels: ctypes.CDLL | None, dtype: torch.dtype) -> Attention:
+    if option == "reference":
+        return ReferenceAttention()
+    if kernels is not None and option != "cpu" and dtype in QUERY_TYPES:
+        return NativeAttention(kernels)
+    return CpuAttention()
 
 
 def _device(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.paged import load_decoder, paged_logits, relative_error
-from worker.attention.cpu import CpuAttention
+from worker.attention.native import NativeAttention
 from worker.kernels.build import load_library
 from worker.kernels.elementwise import CpuOperations
 from worker.kernels.products import PackedEmbedding, PackedLinear, pack
@@ -27,7 +27,9 @@ def test_models_with_kernels_agree_with_those_of_torch(tiny, name, dtype):
         decoder.weights.embed.weight.data_ptr() == decoder.weights.head.weight.data_ptr()
     )
     library = load_library()
-    decoder = Decoder(decoder.spec, pack(decoder.weights, library), CpuAttention(), operations=CpuOperations(library))
+    decoder = Decoder(
+        decoder.spec, pack(decoder.weights, library), NativeAttention(library), operations=CpuOperations(library)
+    )
     assert isinstance(decoder.weights.layers[-1].qkv, PackedLinear)
     assert isinstance(decoder.weights.embed, PackedEmbedding if was_tied else DenseEmbedding)
     assert relative_error(paged_logits(decoder, model.sequences)[0], expected) <= TOLERANCES[dtype]

@@ -52,6 +52,12 @@ uint32_t wait_for_job_after(uint32_t job) {
 
 }  // namespace
 
+Pieces Pieces::all_of(int64_t count) {
+    Pieces pieces(0, count);
+    pieces.is_alone_ = true;
+    return pieces;
+}
+
 bool Pieces::claim(int64_t& index) {
     uint64_t seen = ticket.load(std::memory_order_acquire);
     while (seen >> 32 == job_ && (int64_t)(seen & INDEX_MASK) < count_)
@@ -115,12 +121,13 @@ void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context)
     if (count <= 0) return;
     std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
     if (count == 1 || num_helpers.load() == 0 || !lock.owns_lock()) {
-        Pieces alone(0, count);
-        alone.is_alone_ = true;
+        Pieces alone = Pieces::all_of(count);
         return work(context, alone);
     }
     uint32_t job = newest_job.load() + 1;
     if (job == 0) job = 1;
+    // a helper that is late for the last job must not take what it reads here for a part of that one
+    ticket.store((uint64_t)job << 32 | INDEX_MASK);
     job_work.store(work), job_context.store(context), job_count.store(count);
     num_done.store(0);
     ticket.store((uint64_t)job << 32, std::memory_order_release);

@@ -15,6 +15,9 @@ class Pieces {
     // False when there are no more. What was taken before is done then.
     bool next(int64_t& index);
 
+    // Those of a job that is one thread's alone.
+    static Pieces all_of(int64_t count);
+
   private:
     friend struct Helper;
     friend void run_in_parallel(int64_t, void (*)(void*, Pieces&), void*);
@@ -35,6 +38,13 @@ void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context)
 template <class Work>
 void in_parallel(int64_t count, const Work& work) {
     run_in_parallel(count, [](void* context, Pieces& pieces) { (*(const Work*)context)(pieces); }, (void*)&work);
+}
+
+// The same without other threads.
+template <class Work>
+void in_this_thread(int64_t count, const Work& work) {
+    Pieces pieces = Pieces::all_of(count);
+    work(pieces);
 }
 
 template <class Work>

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.worker.attention.cases import KINDS, Case, kind_case, random_case
+from worker.attention import Batch, LayerShape
+from worker.attention.native import NativeAttention
+from worker.attention.pages import page_width, write_pages
+from worker.attention.reference import ReferenceAttention
+from worker.kernels.build import cpu_flags, load_library, supported_levels
+
+BARS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+"""Relative to the largest number of the result."""
+
+MIXED = dict(lengths=[1, 9, 40, 40, 200, 17, 33, 64, 1100], counts=[1, 1, 1, 13, 1, 17, 5, 64, 3])
+ENCODED = [1, 9, 1, 40, 120, 17]
+
+
+@pytest.fixture(params=[level.name for level in supported_levels(cpu_flags())], scope="module")
+def native(request) -> NativeAttention:
+    library = load_library(request.param)
+    library.inferfleet_set_threads(3)
+    return NativeAttention(library)
+
+
+def run(attention, case: Case, layer: LayerShape) -> torch.Tensor:
+    meta = attention.prepare(case.batch, case.k_pages.shape[1])
+    return attention.attend(case.q, case.k_pages, case.v_pages, meta, layer)
+
+
+def exact(case: Case, layer: LayerShape) -> torch.Tensor:
+    wide = (part.double() for part in (case.q, case.k_pages, case.v_pages))
+    return run(ReferenceAttention(), Case(*wide, case.batch), layer)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def mixed_case(kind: str, dtype: torch.dtype) -> tuple[Case, LayerShape]:
+    rows = dict(lengths=ENCODED, counts=ENCODED) if KINDS[kind].is_encoder else MIXED
+    return kind_case(kind, **rows, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_mixed_steps_of_every_kind_of_layer_equal_the_reference(native, kind, dtype):
+    case, layer = mixed_case(kind, dtype)
+    expected = exact(case, layer)
+    assert error(run(native, case, layer), expected) <= BARS[dtype]
+    wrong = replace(layer, scale=layer.scale * 1.5, window=layer.window and layer.window + 1)
+    assert error(run(native, case, wrong), expected) > 2 * BARS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "group", "page_size"),
+    [(64, 2, 3, 16), (80, 1, 8, 16), (128, 2, 1, 32), (20, 3, 2, 8), (256, 1, 4, 16), (7, 1, 71, 64)],
+)
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_heads_of_any_size_and_number_equal_the_reference(native, dtype, head_dim, kv_heads, group, page_size):
+    case = sized_case(head_dim, kv_heads, group, page_size, dtype)
+    layer = LayerShape(head_dim**-0.5)
+    expected = exact(case, layer)
+    assert error(run(native, case, layer), expected) <= BARS[dtype]
+    shifted = case._replace(batch=replace(case.batch, starts=np.maximum(case.batch.starts - 1, 0)))
+    assert error(run(native, shifted, layer), expected) > 2 * BARS[dtype]
+
+
+def sized_case(
+    head_dim: int, kv_heads: int, group: int, page_size: int, dtype: torch.dtype, kv_type: torch.dtype | None = None
+) -> Case:
+    lengths, counts = np.array([1, 30, 130, 600, 90]), np.array([1, 1, 130, 2, 40])
+    num_pages = -(-lengths // page_size)
+    order, tables = np.random.default_rng(3).permutation(num_pages.sum()) + 1, np.zeros((5, num_pages.max()), np.int64)
+    for row, (first, count) in enumerate(zip(np.cumsum(num_pages) - num_pages, num_pages, strict=True)):
+        tables[row, :count] = order[first : first + count]
+    generator, kv_type = torch.Generator().manual_seed(head_dim), kv_type or dtype
+    shape = (int(num_pages.sum()) + 1, page_size, kv_heads, page_width(head_dim, kv_type))
+    pages = []
+    for _ in range(2):
+        numbers = torch.randn((shape[0] * page_size, kv_heads, head_dim), generator=generator).to(dtype)
+        pages.append(torch.zeros(shape, dtype=torch.uint8 if kv_type.itemsize == 1 else kv_type).view(kv_type))
+        write_pages(pages[-1], numbers, torch.arange(len(numbers)))
+    q = torch.randn((int(counts.sum()), kv_heads * group, head_dim), generator=generator).to(dtype)
+    return Case(q, *pages, Batch(counts, lengths - counts, tables, torch.zeros(0, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("kv_type", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_pages_of_few_bits_are_read_as_what_they_stand_for(native, dtype, kv_type):
+    case, layer = sized_case(48, 2, 2, 16, dtype, kv_type), LayerShape(0.15)
+    expected = run(ReferenceAttention(), case._replace(q=case.q.double()), layer)
+    assert error(run(native, case, layer), expected) <= BARS[dtype]
+    other = case._replace(v_pages=case.k_pages)
+    assert error(run(native, other, layer), expected) > 2 * BARS[dtype]
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything causal"])
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_a_query_is_the_same_to_the_last_bit_in_every_company_and_chunk(native, dtype, kind):
+    case, layer = kind_case(kind, [1200, 300, 50], [700, 300, 50], dtype)
+    together = run(native, case, layer)
+    batch, first = case.batch, 0
+    for row, count in enumerate(batch.num_queries):
+        for sizes in ([1] * 3, [16, 5], [129]):
+            start, at = int(batch.starts[row]), first
+            for size in (size for size in sizes if at + size <= first + count):
+                alone = Batch(
+                    np.array([size]), np.array([start + at - first]), batch.block_tables[row : row + 1], batch.slots
+                )
+                part = run(native, case._replace(q=case.q[at : at + size], batch=alone), layer)
+                assert torch.equal(part, together[at : at + size]), (row, at - first, size)
+                at += size
+        first += count
+
+
+def test_what_is_no_number_stays_in_its_row(native):
+    case, layer = random_case(3, [40, 70, 30], [1, 9, 1]), LayerShape(0.25)
+    expected = run(native, case, layer)
+    pages = case.v_pages.clone()
+    pages[case.batch.block_tables[1, 2]] = torch.nan
+    found = run(native, case._replace(v_pages=pages), layer)
+    assert found[1:10].isnan().all()
+    assert torch.equal(found[[0, 10]], expected[[0, 10]])
+
+
+def test_queries_may_be_a_part_of_wider_rows(native):
+    case, layer = random_case(4, **MIXED), LayerShape(0.25)
+    wide = torch.randn(len(case.q), case.q.shape[1] + 5, 16)
+    wide[:, :-5] = case.q
+    assert not wide[:, :-5].is_contiguous()
+    assert torch.equal(run(native, case._replace(q=wide[:, :-5]), layer), run(native, case, layer))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_rows_equal_the_reference(native, seed):
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, 700, draw.integers(1, 9))
+    counts = [int(draw.choice([1, 1, draw.integers(1, length + 1)])) for length in lengths]
+    layer = LayerShape(0.25, window=int(draw.choice([0, 20, 300])) or None)
+    case = random_case(seed, lengths.tolist(), counts)
+    assert error(run(native, case, layer), exact(case, layer)) <= BARS[torch.float32]

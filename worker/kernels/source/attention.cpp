@@ -1,0 +1,911 @@
+// Paged attention, which reads pages where they are: decoding rows and prompt chunks alike.
+//
+// A query's result depends on its own row's keys and its position only, to the last bit: never on the batch, the chunk it
+// came in, how many queries run together or the number of threads. Every query goes through blocks of 64 keys that begin
+// at multiples of 64, with an online softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), and
+// every 512 keys begin a segment with sums of its own, which are merged in order. What a query does not see has a weight
+// of zero, which changes no sum; so a block may be left out where no query of a tile sees it, segments may be computed
+// by different threads, and queries in any company.
+//
+// Products are of units of 32 bits: one float32, or two neighbouring bfloat16, of a head (queries and keys) or of
+// neighbouring tokens (weights and values). Blocks of units that products want are 16 x 16, as the tiles of AMX:
+//
+//   queries   [tiles of 16 rows][head / 16 units][16 rows][16 units]       a row is a head of a query
+//   keys      [head / 16 units][4][16 units][16 keys]                      transposed
+//   weights   [64 keys / 16 units][16 rows][16 units]
+//   values    [64 keys / 16 units][head / 16 elements][16 units][16 elements]
+
+#include "pages.h"
+#include "pool.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 64;
+constexpr int64_t SEGMENT = 512;
+constexpr int64_t TILE = 16;
+constexpr int64_t GROUPS = BLOCK / LANES;
+constexpr int64_t UNITS = TILE * TILE;
+constexpr int64_t MOST_ROWS = 256;        // of an item: what is laid out of keys and values serves so many
+constexpr int64_t MOST_SPLIT_ROWS = 64;   // of an item whose segments may go to different threads
+constexpr int64_t SERIAL_WORK = 1 << 16;  // elements of keys that are not worth waking other threads
+constexpr float LOG2_E = 1.44269504f;
+constexpr float INFINITE = __builtin_inff();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As the caller lays them out; worker/attention/native.py.
+
+struct Batch {
+    int64_t num_rows;
+    const int64_t *num_queries, *starts;
+    const int64_t* num_keys;  // null: causal
+    const int64_t* tables;
+    int64_t table_stride, page_size;
+};
+
+struct Layer {
+    int64_t num_heads, num_kv_heads, head_dim;
+    Kind query_kind, page_kind;
+    int64_t window;  // keys that a query sees
+    double scale;
+    double softcap;  // 0: none
+    const float* slopes;
+    const float* bias;
+    int64_t reach;
+};
+
+struct Call {
+    const Batch& batch;
+    const Layer& layer;
+    const char* queries;
+    int64_t query_stride;  // bytes between tokens
+    const char *keys, *values;
+    char* out;
+
+    int64_t group, columns, token_bytes, head_bytes;
+};
+
+// Sums of rows: of weighted values [rows][columns] and of weights [rows][LANES]; and the largest scores [rows], times
+// log2(e).
+struct State {
+    float *sums, *weights, *largest;
+
+    static int64_t size(int64_t rows, int64_t columns) { return rows * (columns + LANES + 1); }
+
+    State() = default;
+    State(float* memory, int64_t rows, int64_t columns)
+        : sums(memory), weights(memory + rows * columns), largest(memory + rows * (columns + LANES)) {}
+
+    void reset(int64_t rows, int64_t columns) {
+        memset(sums, 0, rows * columns * sizeof(float));
+        memset(weights, 0, rows * LANES * sizeof(float));
+        std::fill_n(largest, rows, -INFINITE);
+    }
+};
+
+// Queries first .. first + count of a row, for the heads that share one of keys; of their keys the segments from
+// `segment` on. With `partial` one segment alone, whose sums are left there.
+struct Item {
+    int64_t row, head, first, count, token, segment, num_segments;
+    float* partial;
+};
+
+// What a row of queries sees.
+struct Row {
+    int32_t low, high, position;
+    float slope;
+    const float* bias;  // for distance 0
+};
+
+// Numbers.
+
+// 2 ** x for x <= 0; 1 of 0, 0 of minus infinity; relative error 3e-6 in degree 4, 9e-8 in degree 6.
+template <int DEGREE>
+INLINE floats exp2(floats x) {
+    constexpr float few[] = {1.0f, 0.6930321455f, 0.2413797677f, 0.0520323701f, 0.0135557465f};
+    constexpr float many[] = {1.0f,          0.6931470037f, 0.2402295172f, 0.0554841533f,
+                              0.0096780639f, 0.0012440877f, 0.0002171503f};
+    const float* factors = DEGREE == 4 ? few : many;
+#ifdef __AVX512F__
+    floats rest = (floats)_mm512_reduce_ps((__m512)x, 0x09);
+#else
+    floats bounded = select(x < -150.0f, all(-150.0f), x);
+    ints whole = __builtin_convertvector(bounded, ints);
+    floats below = __builtin_convertvector(whole, floats);
+    ints is_above = (ints)(below > bounded);
+    whole += is_above;
+    floats rest = bounded - (below - select(is_above, all(1.0f), all(0.0f)));
+#endif
+    floats result = all(factors[DEGREE]);
+    for (int power = DEGREE - 1; power >= 0; --power) result = result * rest + factors[power];
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)result, (__m512)x);
+#else
+    ints exponent = whole + 127;
+    exponent &= (ints)(exponent > 0);
+    return result * (floats)(exponent << 23);
+#endif
+}
+
+INLINE floats tanh(floats x) {
+    floats size = (floats)((uints)x & 0x7fffffffu);
+    floats power = exp2<6>(size * (-2.0f * LOG2_E));
+    floats result = (1.0f - power) / (1.0f + power);
+    return (floats)((uints)result | ((uints)x & 0x80000000u));
+}
+
+// Minus infinity would be subtracted from itself.
+INLINE floats finite_or_zero(floats x) { return select((ints)(x == -INFINITE), all(0.0f), x); }
+
+INLINE float highest(floats value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)value);
+#else
+    return largest(value);
+#endif
+}
+
+// Denormal numbers are zero, which they are to the tiles of AMX anyhow.
+struct FlushDenormals {
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+};
+
+// Units.
+
+struct Singles {
+    using Element = float;
+    static constexpr Kind KIND = FLOAT32;
+    static constexpr int64_t PER_UNIT = 1;
+    static constexpr int DEGREE = 6;
+
+    static INLINE floats add(floats sum, uint32_t unit, uints with) {
+        float factor;
+        memcpy(&factor, &unit, sizeof factor);
+        return sum + factor * (floats)with;
+    }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+    using Element = bf16;
+    static constexpr Kind KIND = BFLOAT16;
+    static constexpr int64_t PER_UNIT = 2;
+    static constexpr int DEGREE = 4;
+
+    static INLINE floats add(floats sum, uint32_t unit, uints with) {
+        return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)with);
+    }
+};
+#endif
+
+INLINE uints load_units(const uint32_t* from) {
+    uints found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+INLINE void store_units(uint32_t* to, uints units) { memcpy(to, &units, sizeof units); }
+
+// to[unit][row] = rows[row][unit]
+INLINE void transpose(const uint32_t* const* rows, int64_t first, uint32_t* to) {
+#ifdef __AVX512F__
+    __m512i a[TILE], b[TILE];
+    for (int row = 0; row < TILE; ++row) a[row] = _mm512_loadu_si512(rows[row] + first);
+    for (int row = 0; row < TILE; row += 2) {
+        b[row] = _mm512_unpacklo_epi32(a[row], a[row + 1]);
+        b[row + 1] = _mm512_unpackhi_epi32(a[row], a[row + 1]);
+    }
+    for (int row = 0; row < TILE; row += 4)
+        for (int half = 0; half < 2; ++half) {
+            a[row + 2 * half] = _mm512_unpacklo_epi64(b[row + half], b[row + half + 2]);
+            a[row + 2 * half + 1] = _mm512_unpackhi_epi64(b[row + half], b[row + half + 2]);
+        }
+    for (int unit = 0; unit < 4; ++unit) {
+        __m512i upper_even = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0x88);
+        __m512i upper_odd = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0xdd);
+        __m512i lower_even = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0x88);
+        __m512i lower_odd = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0xdd);
+        _mm512_storeu_si512(to + unit * TILE, _mm512_shuffle_i32x4(upper_even, lower_even, 0x88));
+        _mm512_storeu_si512(to + (unit + 4) * TILE, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0x88));
+        _mm512_storeu_si512(to + (unit + 8) * TILE, _mm512_shuffle_i32x4(upper_even, lower_even, 0xdd));
+        _mm512_storeu_si512(to + (unit + 12) * TILE, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0xdd));
+    }
+#else
+    for (int row = 0; row < TILE; row += 8)
+        for (int unit = 0; unit < TILE; unit += 8) {
+            __m256 a[8], b[8];
+            for (int at = 0; at < 8; ++at) a[at] = _mm256_loadu_ps((const float*)(rows[row + at] + first + unit));
+            for (int at = 0; at < 8; at += 2) {
+                b[at] = _mm256_unpacklo_ps(a[at], a[at + 1]);
+                b[at + 1] = _mm256_unpackhi_ps(a[at], a[at + 1]);
+            }
+            for (int at = 0; at < 8; at += 4)
+                for (int half = 0; half < 2; ++half) {
+                    a[at + 2 * half] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0x44);
+                    a[at + 2 * half + 1] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0xee);
+                }
+            for (int at = 0; at < 4; ++at) {
+                float* place = (float*)to + (unit + at) * TILE + row;
+                _mm256_storeu_ps(place, _mm256_permute2f128_ps(a[at], a[at + 4], 0x20));
+                _mm256_storeu_ps(place + 4 * TILE, _mm256_permute2f128_ps(a[at], a[at + 4], 0x31));
+            }
+        }
+#endif
+}
+
+// Values of neighbouring tokens, `rows`, from element `first` on.
+INLINE uints unit_of(const float* const* rows, int64_t first) { return (uints)load(rows[0] + first); }
+
+INLINE uints unit_of(const bf16* const* rows, int64_t first) {
+    halves even, odd;
+    memcpy(&even, rows[0] + first, sizeof even);
+    memcpy(&odd, rows[1] + first, sizeof odd);
+    return __builtin_convertvector(even, uints) | (__builtin_convertvector(odd, uints) << 16);
+}
+
+// Products without tiles: some rows at a time, sums in registers.
+
+#ifdef __AVX512F__
+constexpr int ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 4;
+#else
+constexpr int ROWS_AT_ONCE = 2, VECTORS_AT_ONCE = 2;
+#endif
+
+// Sums of left [rows][16] and right [16][16] over `num_units`, which lie in blocks; right ones `right_stride` units apart.
+template <class E, int ROWS, int VECTORS>
+INLINE void add_products(floats (&sums)[ROWS][VECTORS], const uint32_t* left, const uint32_t* right, int64_t right_stride,
+                         int64_t num_units) {
+    for (int64_t block = 0; block < num_units; block += TILE, left += UNITS, right += right_stride)
+        for (int64_t unit = 0; unit < std::min(TILE, num_units - block); ++unit)
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                uints with = load_units(right + vector * UNITS + unit * TILE);
+                for (int row = 0; row < ROWS; ++row)
+                    sums[row][vector] = E::add(sums[row][vector], left[row * TILE + unit], with);
+            }
+}
+
+template <class E, int ROWS, int VECTORS>
+INLINE void some_scores(const uint32_t* queries, const uint32_t* keys, int64_t num_units, float* scores) {
+    floats sums[ROWS][VECTORS] = {};
+    add_products<E>(sums, queries, keys, GROUPS * UNITS, num_units);
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector) store(scores + row * BLOCK + vector * LANES, sums[row][vector]);
+}
+
+template <class E, int ROWS, int VECTORS>
+INLINE void some_sums(const uint32_t* weights, const uint32_t* values, int64_t num_units, const float* factors,
+                      float* results, int64_t columns) {
+    floats sums[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector)
+            sums[row][vector] = load(results + row * columns + vector * LANES) * factors[row];
+    add_products<E>(sums, weights, values, columns / LANES * UNITS, num_units);
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector)
+            store(results + row * columns + vector * LANES, sums[row][vector]);
+}
+
+// Calls run<ROWS, VECTORS>(first row, first vector) for all of them.
+template <int ROWS, int VECTORS, class Run>
+INLINE void in_pieces(int64_t num_rows, int64_t num_vectors, const Run& run) {
+    int64_t row = 0;
+    for (; row + ROWS <= num_rows; row += ROWS) {
+        int64_t vector = 0;
+        for (; vector + VECTORS <= num_vectors; vector += VECTORS)
+            run(std::integral_constant<int, ROWS>(), std::integral_constant<int, VECTORS>(), row, vector);
+        for (; vector < num_vectors; ++vector)
+            run(std::integral_constant<int, ROWS>(), std::integral_constant<int, 1>(), row, vector);
+    }
+    if constexpr (ROWS > 1)
+        if (row < num_rows)
+            in_pieces<ROWS - 1, VECTORS>(num_rows - row, num_vectors, [&](auto rows, auto vectors, int64_t at, int64_t vector) {
+                run(rows, vectors, row + at, vector);
+            });
+}
+
+template <class E>
+struct WithVectors : E {
+    // scores [rows][BLOCK] of the first `num_groups` times 16 keys
+    static void score(const uint32_t* queries, const uint32_t* keys, int64_t num_units, int64_t num_rows, int64_t num_groups,
+                      float* scores) {
+        in_pieces<ROWS_AT_ONCE, VECTORS_AT_ONCE>(num_rows, num_groups, [&](auto rows, auto vectors, int64_t row, int64_t at) {
+            some_scores<E, rows.value, vectors.value>(queries + row * TILE, keys + at * UNITS, num_units,
+                                                      scores + row * BLOCK + at * LANES);
+        });
+    }
+
+    // sums [rows][columns] = sums * factors + weights * values of the first `num_keys`
+    static void weigh(const uint32_t* weights, const uint32_t* values, int64_t num_keys, int64_t num_rows,
+                      const float* factors, float* sums, int64_t columns) {
+        int64_t num_units = ceil_div(num_keys, E::PER_UNIT);
+        in_pieces<ROWS_AT_ONCE, VECTORS_AT_ONCE>(num_rows, columns / LANES, [&](auto rows, auto vectors, int64_t row, int64_t at) {
+            some_sums<E, rows.value, vectors.value>(weights + row * TILE, values + at * UNITS, num_units, factors + row,
+                                                    sums + row * columns + at * LANES, columns);
+        });
+    }
+
+    static void begin() {}
+    static void end() {}
+};
+
+#ifdef __AMX_BF16__
+
+// Products with tiles (Intel, Architecture Instruction Set Extensions, chapter 3). The compiler's own functions do not say
+// that they read memory.
+
+#define LOAD_TILE(tile, from, stride) \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
+#define STORE_TILE(tile, to, stride) \
+    asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles 0 to 3 hold sums, 4 is left and 5 to 7 are right.
+template <int TILES>
+INLINE void add_tiles(const uint32_t* left, const uint32_t* right, int64_t right_stride, int64_t num_blocks) {
+    for (int64_t block = 0; block < num_blocks; ++block, left += UNITS, right += right_stride) {
+        LOAD_TILE(4, left, 64);
+        LOAD_TILE(5, right, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if constexpr (TILES > 1) {
+            LOAD_TILE(6, right + UNITS, 64);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if constexpr (TILES > 2) {
+            LOAD_TILE(7, right + 2 * UNITS, 64);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if constexpr (TILES > 3) {
+            LOAD_TILE(5, right + 3 * UNITS, 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+}
+
+template <int TILES>
+INLINE void clear_tiles() {
+    _tile_zero(0);
+    if constexpr (TILES > 1) _tile_zero(1);
+    if constexpr (TILES > 2) _tile_zero(2);
+    if constexpr (TILES > 3) _tile_zero(3);
+}
+
+template <int TILES>
+INLINE void load_tiles(const float* from, int64_t stride) {
+    LOAD_TILE(0, from, stride);
+    if constexpr (TILES > 1) LOAD_TILE(1, from + LANES, stride);
+    if constexpr (TILES > 2) LOAD_TILE(2, from + 2 * LANES, stride);
+    if constexpr (TILES > 3) LOAD_TILE(3, from + 3 * LANES, stride);
+}
+
+template <int TILES>
+INLINE void store_tiles(float* to, int64_t stride) {
+    STORE_TILE(0, to, stride);
+    if constexpr (TILES > 1) STORE_TILE(1, to + LANES, stride);
+    if constexpr (TILES > 2) STORE_TILE(2, to + 2 * LANES, stride);
+    if constexpr (TILES > 3) STORE_TILE(3, to + 3 * LANES, stride);
+}
+
+template <class Run>
+INLINE void in_tiles(int64_t count, const Run& run) {
+    int64_t at = 0;
+    for (; at + 4 <= count; at += 4) run(std::integral_constant<int, 4>(), at);
+    if (count - at == 3) run(std::integral_constant<int, 3>(), at);
+    if (count - at == 2) run(std::integral_constant<int, 2>(), at);
+    if (count - at == 1) run(std::integral_constant<int, 1>(), at);
+}
+
+struct WithTiles : Pairs {
+    static void score(const uint32_t* queries, const uint32_t* keys, int64_t num_units, int64_t, int64_t num_groups,
+                      float* scores) {
+        in_tiles(num_groups, [&](auto tiles, int64_t at) {
+            clear_tiles<tiles.value>();
+            add_tiles<tiles.value>(queries, keys + at * UNITS, GROUPS * UNITS, num_units / TILE);
+            store_tiles<tiles.value>(scores + at * LANES, BLOCK * sizeof(float));
+        });
+    }
+
+    static void weigh(const uint32_t* weights, const uint32_t* values, int64_t num_keys, int64_t num_rows,
+                      const float* factors, float* sums, int64_t columns) {
+        for (int64_t row = 0; row < num_rows; ++row)
+            for (int64_t column = 0; column < columns; column += LANES) {
+                float* place = sums + row * columns + column;
+                store(place, load(place) * factors[row]);
+            }
+        in_tiles(columns / LANES, [&](auto tiles, int64_t at) {
+            load_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
+            add_tiles<tiles.value>(weights, values + at * UNITS, columns / LANES * UNITS, ceil_div(num_keys, 2 * TILE));
+            store_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
+        });
+    }
+
+    static void begin() {
+        TileConfig config;
+        asm volatile("ldtilecfg %0" ::"m"(config));
+    }
+
+    static void end() { _tile_release(); }
+};
+
+using Narrow = WithTiles;
+#elif defined(__AVX512BF16__)
+using Narrow = WithVectors<Pairs>;
+#else
+using Narrow = WithVectors<Singles>;
+#endif
+using Wide = WithVectors<Singles>;
+
+// Keys and values out of pages.
+
+INLINE void narrow_to(float* to, floats value) { store(to, value); }
+INLINE void narrow_to(bf16* to, floats value) { store(to, value); }
+
+// One head of one token as elements of products, zeros behind it up to `size`.
+template <class T, class Element>
+void stage(const char* from, int64_t head_dim, int64_t size, Element* to) {
+    const T* head = (const T*)from;
+    floats scale = all(scale_of(head, head_dim));
+    int64_t at = 0;
+    for (; at + LANES <= head_dim; at += LANES) store(to + at, load(head + at) * scale);
+    if (at < head_dim) store(to + at, load_first(head + at, head_dim - at) * scale), at += LANES;
+    for (; at < size; at += LANES) store(to + at, all(0.0f));
+}
+
+template <class Element>
+using Stage = void (*)(const char*, int64_t, int64_t, Element*);
+
+template <class Element>
+Stage<Element> stage_of(Kind kind) {
+    switch (kind) {
+        case FLOAT32: return stage<float, Element>;
+        case BFLOAT16: return stage<bf16, Element>;
+        case INT8: return stage<int8, Element>;
+        case E4M3: return stage<e4m3, Element>;
+        default: return stage<e5m2, Element>;
+    }
+}
+
+// Where the keys `first` .. `first + count` of a row are, in bytes from the beginning of all pages.
+void locate(const Call& call, int64_t row, int64_t head, int64_t first, int64_t count, int64_t* places) {
+    int64_t size = call.batch.page_size, page = first / size, within = first % size;
+    const int64_t* table = call.batch.tables + row * call.batch.table_stride;
+    for (int64_t key = 0; key < count; ++page, within = 0) {
+        int64_t place = (table[page] * size + within) * call.token_bytes + head * call.head_bytes;
+        int64_t end = std::min(key + size - within, count);
+        for (; key < end; ++key, place += call.token_bytes) places[key] = place;
+    }
+}
+
+struct Places {
+    int64_t at[BLOCK], count = 0;
+};
+
+// What one thread has besides.
+template <class E>
+struct Scratch {
+    using Element = typename E::Element;
+
+    int64_t num_units, columns;
+    uint32_t *queries, *keys, *values, *weights;
+    Element *staged, *zeros;
+    float* scores;
+    State state, total;
+    std::vector<Row> rows;
+
+    Scratch(int64_t head_dim, int64_t most_rows) {
+        num_units = ceil_div(ceil_div(head_dim, E::PER_UNIT), TILE) * TILE;
+        columns = ceil_div(head_dim, LANES) * LANES;
+        int64_t elements = std::max(num_units * E::PER_UNIT, columns);
+        int64_t sizes[] = {most_rows * num_units,
+                           BLOCK * num_units,
+                           BLOCK / E::PER_UNIT * columns,
+                           TILE * BLOCK / E::PER_UNIT,
+                           TILE * BLOCK,
+                           State::size(most_rows, columns),
+                           State::size(most_rows, columns),
+                           BLOCK * elements / E::PER_UNIT,
+                           elements / E::PER_UNIT};
+        int64_t all_of_it = 0;
+        for (int64_t& size : sizes) size = ceil_div(size, UNITS) * UNITS, all_of_it += size;
+        uint32_t* place = memory(all_of_it);
+        auto next = [&, index = 0]() mutable { return std::exchange(place, place + sizes[index++]); };
+        queries = next(), keys = next(), values = next(), weights = next(), scores = (float*)next();
+        state = State((float*)next(), most_rows, columns), total = State((float*)next(), most_rows, columns);
+        staged = (Element*)next(), zeros = (Element*)next();
+        memset(weights, 0, TILE * BLOCK / E::PER_UNIT * sizeof(uint32_t));
+        memset(zeros, 0, elements * sizeof(Element));
+        rows.resize(most_rows);
+    }
+
+    static uint32_t* memory(int64_t units) {
+        static thread_local std::vector<uint32_t> kept;
+        if ((int64_t)kept.size() < units + TILE) kept.resize(units + TILE);
+        return (uint32_t*)(((uintptr_t)kept.data() + 63) / 64 * 64);
+    }
+};
+
+template <class E>
+void prefetch(const Call& call, const Places& places, int64_t first) {
+    for (int64_t key = first; key < std::min(first + LANES, places.count); ++key)
+        for (int64_t line = 0; line < call.head_bytes; line += 64) {
+            _mm_prefetch(call.keys + places.at[key] + line, _MM_HINT_T0);
+            _mm_prefetch(call.values + places.at[key] + line, _MM_HINT_T0);
+        }
+}
+
+// Pointers to the elements of a block's tokens; to zeros behind the last one.
+template <class E>
+void gather(const Call& call, const char* pages, const Places& places, int64_t end, Scratch<E>& own,
+            const typename E::Element** rows) {
+    bool is_direct = call.layer.page_kind == E::KIND && call.layer.head_dim % (LANES * E::PER_UNIT) == 0;
+    int64_t elements = std::max(own.num_units * E::PER_UNIT, own.columns);
+    auto* stage = stage_of<typename E::Element>(call.layer.page_kind);
+    for (int64_t key = 0; key < places.count; ++key) {
+        const char* place = pages + places.at[key];
+        rows[key] = is_direct ? (const typename E::Element*)place : own.staged + key * elements;
+        if (!is_direct) stage(place, call.layer.head_dim, elements, own.staged + key * elements);
+    }
+    for (int64_t key = places.count; key < end; ++key) rows[key] = own.zeros;
+}
+
+// Lay out a block's keys and values; what comes next is called from memory meanwhile.
+template <class E>
+void lay_out(const Call& call, const Places& places, const Places& next, Scratch<E>& own) {
+    const typename E::Element* rows[BLOCK];
+    int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
+    gather(call, call.keys, places, end, own, rows);
+    for (int64_t group = 0; group < num_groups; ++group) {
+        for (int64_t block = 0; block < own.num_units / TILE; ++block)
+            transpose((const uint32_t* const*)rows + group * LANES, block * TILE,
+                      own.keys + (block * GROUPS + group) * UNITS);
+        prefetch<E>(call, next, group * LANES);
+    }
+    for (int64_t first = num_groups * LANES; first < next.count; first += LANES) prefetch<E>(call, next, first);
+    gather(call, call.values, places, end, own, rows);
+    for (int64_t key = 0; key < end; key += E::PER_UNIT)
+        for (int64_t column = 0; column < own.columns; column += LANES) {
+            int64_t unit = key / E::PER_UNIT, block = unit / TILE * own.columns / LANES + column / LANES;
+            store_units(own.values + block * UNITS + unit % TILE * TILE, unit_of(rows + key, column));
+        }
+}
+
+// Softmax.
+
+// Scores that are more than products, times log2(e); `key` is the first of 16.
+INLINE floats irregular(const Layer& layer, const Row& row, floats score, int64_t key) {
+    constexpr floats numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    score *= (float)layer.scale;
+    if (layer.softcap != 0.0) score = tanh(score / (float)layer.softcap) * (float)layer.softcap;
+    int64_t first = key - row.position;
+    if (layer.slopes) score += row.slope * (numbers + (float)first);
+    if (layer.bias) {
+        int64_t reach = layer.reach;
+        if (first >= -reach && first + LANES - 1 <= reach) {
+            score += load(row.bias + first);
+        } else {
+            float found[LANES];
+            for (int64_t at = 0; at < LANES; ++at)
+                found[at] = row.bias[std::max(std::min(first + at, reach), -reach)];
+            score += load(found);
+        }
+    }
+    return score * LOG2_E;
+}
+
+INLINE floats hide(const Row& row, floats score, int64_t key) {
+    constexpr ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints keys = numbers + (int32_t)key;
+    return select((keys >= row.low) & (keys < row.high), score, all(-INFINITE));
+}
+
+INLINE void store_weights(uint32_t* to, float, int64_t group, floats value) { store((float*)to + group * UNITS, value); }
+INLINE void store_weights(uint32_t* to, bf16, int64_t group, floats value) {
+    store((bf16*)(to + group / 2 * UNITS) + group % 2 * LANES, value);
+}
+
+// From scores of a tile's rows to weights of a block's keys, and the factors on what was summed up before.
+template <class E>
+__attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
+                                      int64_t num_groups, float* scores, uint32_t* weights, const State& state,
+                                      float* factors) {
+    bool is_plain = layer.softcap == 0.0 && !layer.slopes && !layer.bias && layer.scale > 0.0;
+    float scale = is_plain ? (float)(layer.scale * LOG2_E) : 1.0f;
+    float most[TILE];
+    std::fill_n(most, TILE, -INFINITE);
+    for (int64_t at = 0; at < num_rows; ++at) {
+        const Row& row = rows[at];
+        float* own = scores + at * BLOCK;
+        bool hides = row.low > first_key || row.high < first_key + num_groups * LANES;
+        floats high = all(-INFINITE);
+        for (int64_t group = 0; group < num_groups; ++group) {
+            floats score = load(own + group * LANES);
+            int64_t key = first_key + group * LANES;
+            if (!is_plain) score = irregular(layer, row, score, key);
+            if (hides) score = hide(row, score, key);
+            if (!is_plain || hides) store(own + group * LANES, score);
+            high = larger(score, high);
+        }
+        most[at] = highest(high);
+    }
+    floats before = load_first(state.largest, num_rows);
+    floats after = larger(load(most) * scale, before);
+    store_first(state.largest, after, num_rows);
+    floats shift = finite_or_zero(after);
+    float shifts[TILE];
+    store(shifts, shift);
+    store(factors, exp2<6>(before - shift));
+    for (int64_t at = 0; at < num_rows; ++at) {
+        floats sum = all(0.0f);
+        for (int64_t group = 0; group < num_groups; ++group) {
+            floats weight = exp2<E::DEGREE>(load(scores + at * BLOCK + group * LANES) * scale - shifts[at]);
+            store_weights(weights + at * TILE, typename E::Element(), group, weight);
+            sum += weight;
+        }
+        if (num_groups % E::PER_UNIT) store_weights(weights + at * TILE, typename E::Element(), num_groups, all(0.0f));
+        float* place = state.weights + at * LANES;
+        store(place, load(place) * factors[at] + sum);
+    }
+}
+
+// Add a segment's sums to those of the segments before it.
+void merge(const State& total, const State& part, int64_t num_rows, int64_t columns) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+        floats before = all(total.largest[row]), here = all(part.largest[row]);
+        floats after = larger(here, before), shift = finite_or_zero(after);
+        floats old = exp2<6>(before - shift), added = exp2<6>(here - shift);
+        total.largest[row] = after[0];
+        float *to = total.weights + row * LANES, *from = part.weights + row * LANES;
+        store(to, load(to) * old + load(from) * added);
+        to = total.sums + row * columns, from = part.sums + row * columns;
+        for (int64_t column = 0; column < columns; column += LANES)
+            store(to + column, load(to + column) * old + load(from + column) * added);
+    }
+}
+
+// Items.
+
+template <class Q, class Element>
+INLINE void copy_head(const Q* from, int64_t head_dim, int64_t size, Element* to, int64_t stride) {
+    for (int64_t at = 0; at < size; at += LANES, to += stride) {
+        int64_t count = std::min(std::max(head_dim - at, (int64_t)0), (int64_t)LANES);
+        store(to, count == LANES ? load(from + at) : load_first(from + at, count));
+    }
+}
+
+template <class Q, class E>
+void load_queries(const Call& call, const Item& item, int64_t num_tiles, Scratch<E>& own) {
+    using Element = typename E::Element;
+    const Layer& layer = call.layer;
+    int64_t tile_units = TILE * own.num_units;
+    memset(own.queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
+    for (int64_t row = 0; row < item.count * call.group; ++row) {
+        int64_t query = item.first + row / call.group, head = item.head * call.group + row % call.group;
+        const Q* from = (const Q*)(call.queries + (item.token + row / call.group) * call.query_stride) + head * layer.head_dim;
+        uint32_t* to = own.queries + row / TILE * tile_units + row % TILE * TILE;
+        for (int64_t unit = 0; unit < own.num_units; unit += TILE, to += UNITS) {
+            int64_t first = unit * E::PER_UNIT, left = layer.head_dim - first;
+            copy_head(from + first, left, TILE * E::PER_UNIT, (Element*)to, LANES);
+        }
+        int64_t position = call.batch.starts[item.row] + query;
+        Row& seen = own.rows[row];
+        seen.high = call.batch.num_keys ? call.batch.num_keys[item.row] : position + 1;
+        seen.low = std::max(position + 1 - layer.window, (int64_t)0);
+        if (call.batch.num_keys) seen.low = 0;
+        seen.position = position;
+        seen.slope = layer.slopes ? layer.slopes[head] : 0.0f;
+        seen.bias = layer.bias ? layer.bias + head * (2 * layer.reach + 1) + layer.reach : nullptr;
+    }
+}
+
+template <class Q>
+void finish(const Call& call, const Item& item, const State& state) {
+    const Layer& layer = call.layer;
+    for (int64_t row = 0; row < item.count * call.group; ++row) {
+        int64_t head = item.head * call.group + row % call.group;
+        Q* out = (Q*)call.out + ((item.token + row / call.group) * layer.num_heads + head) * layer.head_dim;
+        floats total = all(sum(load(state.weights + row * LANES)));
+        for (int64_t column = 0; column < layer.head_dim; column += LANES) {
+            floats value = load(state.sums + row * call.columns + column) / total;
+            int64_t count = layer.head_dim - column;
+            if (count >= LANES) store(out + column, value);
+            else store_first(out + column, value, count);
+        }
+    }
+}
+
+int64_t first_key(const Call& call, const Item& item) {
+    if (call.batch.num_keys) return 0;
+    return std::max(call.batch.starts[item.row] + item.first + 1 - call.layer.window, (int64_t)0);
+}
+
+int64_t end_key(const Call& call, const Item& item) {
+    if (call.batch.num_keys) return call.batch.num_keys[item.row];
+    return call.batch.starts[item.row] + item.first + item.count;
+}
+
+int64_t first_block(const Call& call, const Item& item) {
+    return std::max(first_key(call, item) / BLOCK, item.segment * SEGMENT / BLOCK);
+}
+
+void find_block(const Call& call, const Item& item, int64_t block, Places& places) {
+    places.count = std::min(BLOCK, end_key(call, item) - block * BLOCK);
+    locate(call, item.row, item.head, block * BLOCK, places.count, places.at);
+}
+
+template <class E>
+void run_block(const Call& call, int64_t first_key, int64_t num_rows, int64_t num_seen, Scratch<E>& own) {
+    for (int64_t first = 0; first < num_rows; first += TILE) {
+        int64_t count = std::min(TILE, num_rows - first);
+        const Row* rows = own.rows.data() + first;
+        // positions ascend with rows
+        int64_t end = std::min<int64_t>(rows[count - 1].high - first_key, num_seen);
+        if (end <= 0 || rows[0].low >= first_key + BLOCK) continue;
+        int64_t num_groups = ceil_div(end, LANES);
+        State state = own.state;
+        state.sums += first * own.columns, state.weights += first * LANES, state.largest += first;
+        float factors[TILE];
+        E::score(own.queries + first * own.num_units, own.keys, own.num_units, count, num_groups, own.scores);
+        soften<E>(call.layer, rows, count, first_key, num_groups, own.scores, own.weights, state, factors);
+        E::weigh(own.weights, own.values, end, count, factors, state.sums, own.columns);
+    }
+}
+
+template <class Q, class E>
+void run_item(const Call& call, const Item& item, const Item* next_item, Places& places, Scratch<E>& own) {
+    int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
+    load_queries<Q, E>(call, item, num_tiles, own);
+    int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
+    for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
+        own.state.reset(num_tiles * TILE, own.columns);
+        int64_t end_block = ceil_div(std::min((segment + 1) * SEGMENT, end), BLOCK);
+        for (; block < end_block; ++block) {
+            Places next;
+            if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
+            else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
+            lay_out(call, places, next, own);
+            run_block(call, block * BLOCK, num_rows, std::min(BLOCK, end - block * BLOCK), own);
+            places = next;
+        }
+        if (segment == item.segment) std::swap(own.state, own.total);
+        else merge(own.total, own.state, num_rows, own.columns);
+    }
+    if (!item.partial) return finish<Q>(call, item, own.total);
+    State kept(item.partial, num_rows, own.columns);
+    memcpy(kept.sums, own.total.sums, num_rows * own.columns * sizeof(float));
+    memcpy(kept.weights, own.total.weights, num_rows * LANES * sizeof(float));
+    memcpy(kept.largest, own.total.largest, num_rows * sizeof(float));
+}
+
+// What of an item is one thread's task, longest first.
+struct Plan {
+    std::vector<Item> items, split;
+    std::vector<float> partial;
+    int64_t most_rows = 0;
+};
+
+int64_t work_of(const Call& call, const Item& item) {
+    return item.count * (end_key(call, item) - first_key(call, item));
+}
+
+void add_items(const Call& call, int64_t queries_at_once, std::vector<Item>& blocks) {
+    int64_t token = 0;
+    for (int64_t row = 0; row < call.batch.num_rows; ++row)
+        for (int64_t first = 0, all = call.batch.num_queries[row]; first < all; first += queries_at_once) {
+            int64_t count = std::min(queries_at_once, all - first);
+            blocks.push_back({row, 0, first, count, token, 0, 1, nullptr});
+            token += count;
+        }
+    std::stable_sort(blocks.begin(), blocks.end(),
+                     [&](const Item& a, const Item& b) { return work_of(call, a) > work_of(call, b); });
+}
+
+void plan(const Call& call, int64_t num_threads, Plan& made) {
+    static thread_local std::vector<Item> blocks;
+    blocks.clear(), made.items.clear(), made.split.clear();
+    int64_t num_tokens = 0, work = 0, num_heads = call.layer.num_kv_heads;
+    for (int64_t row = 0; row < call.batch.num_rows; ++row) num_tokens += call.batch.num_queries[row];
+    int64_t rows = num_tokens * call.layer.num_heads / (4 * num_threads);
+    rows = std::min(std::max(rows, TILE), MOST_ROWS);
+    add_items(call, std::max(rows / call.group, (int64_t)1), blocks);
+    for (const Item& block : blocks) work += work_of(call, block) * num_heads;
+    int64_t partial = 0;
+    made.most_rows = 0;
+    for (Item item : blocks) {
+        int64_t end = end_key(call, item), num_rows = item.count * call.group;
+        item.segment = first_key(call, item) / SEGMENT;
+        item.num_segments = ceil_div(end, SEGMENT) - item.segment;
+        made.most_rows = std::max(made.most_rows, ceil_div(num_rows, TILE) * TILE);
+        bool is_split = num_threads > 1 && item.num_segments > 1 && num_rows <= MOST_SPLIT_ROWS &&
+                        work_of(call, item) * 2 * num_threads > work;
+        for (item.head = 0; item.head < num_heads; ++item.head) {
+            if (!is_split) {
+                made.items.push_back(item);
+                continue;
+            }
+            made.split.push_back(item);
+            partial += item.num_segments * State::size(num_rows, call.columns);
+        }
+    }
+    if (made.split.empty()) return;
+    if ((int64_t)made.partial.size() < partial) made.partial.resize(partial);
+    float* place = made.partial.data();
+    std::vector<Item> parts;
+    for (Item& item : made.split) {
+        item.partial = place;
+        for (int64_t segment = 0; segment < item.num_segments; ++segment) {
+            Item part = item;
+            part.segment += segment, part.num_segments = 1, part.partial = place;
+            parts.push_back(part);
+            place += State::size(item.count * call.group, call.columns);
+        }
+    }
+    made.items.insert(made.items.begin(), parts.begin(), parts.end());
+}
+
+template <class Q>
+void finish_split(const Call& call, const Item& item) {
+    int64_t num_rows = item.count * call.group;
+    State total(item.partial, num_rows, call.columns);
+    for (int64_t segment = 1; segment < item.num_segments; ++segment)
+        merge(total, State(item.partial + segment * State::size(num_rows, call.columns), num_rows, call.columns), num_rows,
+              call.columns);
+    finish<Q>(call, item, total);
+}
+
+template <class Q, class E>
+void run_items(const Call& call, const Plan& plan, int64_t threads, Pieces& items) {
+    FlushDenormals flush;
+    Scratch<E> own(call.layer.head_dim, plan.most_rows);
+    E::begin();
+    for (int64_t index; items.next(index);) {
+        const Item& item = plan.items[index];
+        // most likely this thread's next one
+        const Item* next = index + threads < (int64_t)plan.items.size() ? &plan.items[index + threads] : nullptr;
+        Places places;
+        find_block(call, item, first_block(call, item), places);
+        run_item<Q, E>(call, item, next, places, own);
+    }
+    E::end();
+}
+
+template <class Q, class E>
+void attend(const Call& call) {
+    static thread_local Plan made;
+    int64_t threads = num_threads(), keys = 0;
+    for (int64_t row = 0; row < call.batch.num_rows; ++row)
+        keys += call.batch.num_queries[row] *
+                (call.batch.num_keys ? call.batch.num_keys[row] : call.batch.starts[row] + call.batch.num_queries[row]);
+    if (keys * call.layer.num_heads * call.layer.head_dim < SERIAL_WORK) threads = 1;
+    plan(call, threads, made);
+    const Plan& shared = made;
+    if (threads == 1) in_this_thread(shared.items.size(), [&](Pieces& items) { run_items<Q, E>(call, shared, 1, items); });
+    else in_parallel(shared.items.size(), [&](Pieces& items) { run_items<Q, E>(call, shared, threads, items); });
+    for_each_in_parallel(shared.split.size(), [&](int64_t item) { finish_split<Q>(call, shared.split[item]); });
+}
+
+}  // namespace
+
+// `queries` are `query_stride` elements apart; keys and values lie alike, tokens of all pages one after the other.
+EXPORT void inferfleet_attend(const Batch* batch, const Layer* layer, const void* queries, int64_t query_stride,
+                              const void* keys, const void* values, void* out) {
+    Call call{*batch, *layer, (const char*)queries, 0, (const char*)keys, (const char*)values, (char*)out, 0, 0, 0, 0};
+    call.query_stride = query_stride * (layer->query_kind == FLOAT32 ? 4 : 2);
+    call.group = layer->num_heads / layer->num_kv_heads;
+    call.columns = ceil_div(layer->head_dim, LANES) * LANES;
+    call.head_bytes = head_bytes(layer->page_kind, layer->head_dim);
+    call.token_bytes = call.head_bytes * layer->num_kv_heads;
+    if (layer->query_kind == FLOAT32) attend<float, Wide>(call);
+    else attend<bf16, Narrow>(call);
+}
