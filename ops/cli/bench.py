@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -138,7 +139,7 @@ def _open_many_files() -> None:
 
 def _body(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
+        value = orjson.loads(text or "{}")
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -35,9 +35,10 @@ class Answer:
         self.counts.append(num_events)
 
     def fail(self, kind: str, message: str = "") -> None:
-        """The first thing that went wrong is what counts."""
+        """The first thing that went wrong is what counts. A message is shown on terminals: nothing steers them."""
         if not self.error:
-            self.error, self.message = kind, " ".join(message.split())[:MAX_MESSAGE]
+            line = " ".join(message[: 2 * MAX_MESSAGE].split())[:MAX_MESSAGE]
+            self.error, self.message = kind, "".join(one if one.isprintable() else "?" for one in line)
 
     @property
     def num_events(self) -> int:

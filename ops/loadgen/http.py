@@ -1,8 +1,8 @@
 """HTTP as a load client needs it: one socket, one answer at a time, one timestamp for each read.
 
-The client shares its cores with the server that it measures, so what counts is its own time per event. A protocol of
-asyncio over httptools (the C parser that uvicorn brings) takes 7 microseconds on uvloop, JSON of the event included;
-aiohttp took 14 without it and httpx 48 (32 streams, one event a read).
+The client shares its cores with the server that it measures, so what counts is its own time per event. Readers of 32
+streams, one event a read, its JSON parsed, all on uvloop, took 7 microseconds as a protocol of asyncio over httptools
+(the C parser that uvicorn brings); without the JSON aiohttp took 14 and httpx 48.
 """
 
 from __future__ import annotations

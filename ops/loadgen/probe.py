@@ -25,6 +25,7 @@ REFUSALS = ("HTTP 400", "HTTP 422", "HTTP 500", "error event")
 ABSENCES = ("connection refused", "cannot connect")
 SHORT, LONG = 8, 136
 NUM_TOKENS = 2
+MOST_BYTES = 1 << 22
 WITHOUT_IDS = "the server takes no token ids here: prompts are words, of about the wanted lengths"
 WITHOUT_EOS = "the server refuses ignore_eos: answers may be shorter than asked for"
 WITHOUT_USAGE = "the server refuses stream_options: tokens are counted by events"
@@ -68,13 +69,13 @@ class _Probe:
 
     async def _first_model(self) -> str:
         """The server's first model; "" where it has no list."""
-        parts: list[bytes] = []
+        found = bytearray()
         pool = Pool(self.target.host, self.target.port, is_secure=self.target.is_secure)
         try:
             async with asyncio.timeout(self.timeout_s):
                 request = self.target.head("GET", "/v1/models")
-                await pool.exchange(request, lambda connection: lambda body, now: parts.append(body))
-            return str(orjson.loads(b"".join(parts))["data"][0]["id"])
+                await pool.exchange(request, lambda _: lambda body, now: found.extend(body[: MOST_BYTES - len(found)]))
+            return str(orjson.loads(found)["data"][0]["id"])
         except (ExchangeError, TimeoutError) as error:
             raise self._nobody(str(error) or "no answer") from None
         except (ValueError, LookupError, TypeError):

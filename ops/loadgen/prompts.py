@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from tokenizers import Tokenizer
 
 from common.errors import ConfigurationError
@@ -114,7 +114,7 @@ def read_dataset(path: Path, *, with_messages: bool) -> list[Prompt]:
 
 def _read_line(line: str, place: str) -> Prompt:
     try:
-        value = json.loads(line)
+        value = orjson.loads(line)
     except ValueError:
         raise ConfigurationError(f"{place} is not JSON") from None
     if isinstance(value, dict):

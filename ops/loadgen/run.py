@@ -47,8 +47,9 @@ class _Listener:
         self._events = EventReader()
         self.refusal = b""
 
-    @property
+    @functools.cached_property
     def is_stream(self) -> bool:
+        """Asked when the head of the response is there."""
         connection = self._connection
         return connection.status == OK and connection.headers.get(b"content-type", b"").startswith(EVENT_STREAM)
 

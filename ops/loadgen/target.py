@@ -40,8 +40,11 @@ class Target:
             is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and self.port > 0
         except ValueError:
             is_usable = False
-        if not is_usable:
+        if not is_usable or "@" in parts.netloc or parts.query or parts.fragment or not _can_be_sent(self.url):
             raise ConfigurationError(f"{self.url!r} is no URL of a server, such as http://localhost:8080")
+        for name, value in (("model", self.model), ("key", self.api_key)):
+            if not _can_be_sent(value):
+                raise ConfigurationError(f"the {name} has characters that cannot be sent")
 
     @property
     def is_secure(self) -> bool:
@@ -63,7 +66,7 @@ class Target:
 
     def head(self, method: str, path: str, num_bytes: int = 0) -> bytes:
         """The first line and the headers of a request."""
-        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {urlsplit(self.url).netloc.rpartition('@')[2]}"]
+        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {urlsplit(self.url).netloc}"]
         lines += ["Accept: */*", "User-Agent: inferfleet-bench"]
         lines += [f"Authorization: Bearer {self.api_key}"] if self.api_key else []
         lines += ["Content-Type: application/json", f"Content-Length: {num_bytes}"] if num_bytes else []
@@ -77,6 +80,11 @@ class Target:
 
     def without(self, **changes: Any) -> Target:
         return dataclasses.replace(self, **changes)
+
+
+def _can_be_sent(text: str) -> bool:
+    """No line ends, which would begin another header, and no halves of characters."""
+    return text.isprintable()
 
 
 class Route(Protocol):
@@ -116,8 +124,8 @@ class _OpenAI:
             return False
         event = orjson.loads(data)
         if usage := event.get("usage"):
-            answer.prompt_tokens, answer.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        if "error" in event:
+            answer.prompt_tokens, answer.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        if event.get("error"):
             answer.fail("error event", error_text(event))
             return False
         choices = event["choices"]
@@ -157,14 +165,19 @@ class GenerateStream:
 
     def read(self, data: bytes, answer: Answer) -> bool:
         event = orjson.loads(data)
-        if "error" in event:
+        if event.get("error"):
             answer.fail("error event", error_text(event))
             return False
         if event["generated_text"] is not None:
             details = event.get("details") or {}
-            answer.output_tokens, answer.prompt_tokens = details.get("generated_tokens"), details.get("input_length")
+            answer.output_tokens = _count(details.get("generated_tokens"))
+            answer.prompt_tokens = _count(details.get("input_length"))
             answer.is_complete = True
         return "token" in event
+
+
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 ROUTES: dict[Api, Route] = {"completions": Completions(), "chat": Chat(), "generate_stream": GenerateStream()}

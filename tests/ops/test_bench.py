@@ -131,6 +131,7 @@ BAD = [
     (["--api", "embeddings"], "--api: Input should be 'completions', 'chat' or 'generate_stream'"),
     (["--url", "localhost"], "'localhost' is no URL of a server, such as http://localhost:8080"),
     (["--body", "[]"], "--body must be a JSON object, not '[]'"),
+    (["--body", "{"], "--body must be a JSON object, not '{'"),
     (["--results", "/no/such/folder/file"], "cannot write /no/such/folder/file"),
     (["--dataset", "/no/such/file"], "--dataset /no/such/file: No such file or directory"),
     (["--tokenizer", "/no/such/file"], "--tokenizer /no/such/file: No such file or directory"),

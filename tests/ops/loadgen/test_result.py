@@ -121,7 +121,7 @@ def test_an_empty_result_has_no_figures_and_no_division_by_zero() -> None:
 
 def test_messages_of_errors_are_one_bounded_line_and_the_first_error_stays() -> None:
     answer = Answer(1, 0.0)
-    answer.fail("HTTP 500", "a\n" * 1000)
+    answer.fail("HTTP 500", "\x1b[2Ja\n" + "b\n" * 1000)
     answer.fail("timeout", "later")
     assert (answer.error, len(answer.message)) == ("HTTP 500", MAX_MESSAGE)
-    assert "\n" not in answer.message
+    assert answer.message.startswith("?[2Ja b b") and "\n" not in answer.message

@@ -54,7 +54,9 @@ async def test_tokens_are_those_of_the_usage_and_events_those_that_came() -> Non
 
 
 async def test_events_of_one_read_are_one_arrival() -> None:
+    """An error that is null is none."""
     events = completion("a", "b", "c", "d", usage=usage(3, 4))
+    events[0] = event({"choices": [{"text": "a"}], "error": None})
     result, _ = await load_of(lambda request: stream(events[0] + events[1] + events[2], b"".join(events[3:])))
     assert [list(answer.counts) for answer in result.answers] == [[3, 1]] * len(ASKS)
     assert all(len(answer.gaps_s) == 1 for answer in result.answers)
@@ -131,6 +133,7 @@ FAILURES: list[tuple[str, Script, str]] = [
     ("error event", lambda _: stream(completion("a")[0], event({"error": {"message": "no memory"}})), "no memory"),
     ("unknown event", lambda _: stream(b'data: {"choices": 7}\n\n'), '{"choices": 7}'),
     ("unknown event", lambda _: stream(b"data: hello\n\n"), "hello"),
+    ("unknown event", lambda _: stream(event({"choices": [], "usage": {"prompt_tokens": "x"}})), "prompt_tokens"),
     ("not HTTP", lambda _: [b"SSH-2.0-OpenSSH_9.2\r\n", CLOSE], ""),
 ]
 
@@ -260,7 +263,16 @@ def test_arrivals_are_a_poisson_process_that_the_seed_decides() -> None:
     assert sum((pause - 0.25) ** 2 for pause in regular) == 0, "evenly spaced requests would not pass"
 
 
-@pytest.mark.parametrize("url", ["localhost:8080", "ftp://x", "http://", "http://x:99999", "http://x:0"])
+BAD_URLS = ["localhost:8080", "ftp://x", "http://", "http://x:99999", "http://x:0"]
+BAD_URLS += ["http://user:word@x", "http://x/?a=b", "http://x/\r\nHost: y", "http://x/\udcff"]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
 def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="is no URL of a server"):
         Target(url=url)
+
+
+def test_a_key_cannot_be_a_header_of_its_own() -> None:
+    with pytest.raises(ConfigurationError, match="the key has characters that cannot be sent"):
+        Target(url="http://x", api_key="a\r\nHost: y")
