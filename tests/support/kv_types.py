@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from worker.attention import pages as kv_pages
-from worker.model import decoder, t5
+from worker.model import operations, t5
 
 KV_TYPES = {"int8": torch.int8, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """By the value of --kv-cache-dtype."""
@@ -73,7 +73,7 @@ def write_instead(
     monkeypatch: pytest.MonkeyPatch, write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 ) -> None:
     """From here on models write pages in another way."""
-    for module in (decoder, t5):
+    for module in (operations, t5):
         monkeypatch.setattr(module, "write_pages", write)
 
 
