@@ -55,7 +55,10 @@ class LayerShape:
 
 
 class Attention(Protocol):
-    """`prepare` is called once per step, `attend` once per layer with what `prepare` returned."""
+    """`prepare` is called once per step, `attend` once per layer with what `prepare` returned. With `reads_whole_pages`
+    places that no query sees must hold numbers."""
+
+    reads_whole_pages: bool
 
     def prepare(self, batch: Batch, block_size: int) -> Any:
         """Precompute what all layers of the step share."""

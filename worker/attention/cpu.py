@@ -18,6 +18,8 @@ from worker.attention.plan import ChunkSlice, DecodeGroup, PromptChunk, StepMeta
 class CpuAttention:
     """Agrees with ReferenceAttention within the rounding of the type; scores and softmax are in float32 or wider."""
 
+    reads_whole_pages = True
+
     def prepare(self, batch: Batch, block_size: int) -> StepMeta:
         return StepMeta(batch, block_size)
 

@@ -69,6 +69,8 @@ class NativeAttention:
     A query's result depends on its own row's keys and its position only, to the last bit.
     """
 
+    reads_whole_pages = False
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run = library.inferfleet_attend
         pointer = ctypes.c_void_p

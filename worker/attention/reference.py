@@ -12,6 +12,8 @@ from worker.attention.pages import read_pages
 class ReferenceAttention:
     """All in float32 or wider, rounded to the type of the queries at the end. Slow on purpose: nothing is clever."""
 
+    reads_whole_pages = True
+
     def prepare(self, batch: Batch, block_size: int) -> Batch:
         return batch
 

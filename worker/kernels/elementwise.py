@@ -49,6 +49,7 @@ class CpuOperations(Operations):
         self._normalise = _functions(library, "normalise", [_POINTER])
         self._activate = _functions(library, "activate", [_POINTER, *[_INTEGER] * 4, _POINTER])
         self._turn = _functions(library, "turn", [_POINTER])
+        self._summarise = _functions(library, "summarise", [_POINTER, _INTEGER, _INTEGER, *[_POINTER] * 3])
 
     def normalise(self, x: Tensor, weights: NormWeights, eps: float, kind: Norm) -> Tensor:
         if not _can_normalise(x, weights):

@@ -55,14 +55,14 @@ class Decoder:
         max_length: int | None = None,
         operations: Operations | None = None,
     ) -> None:
-        self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
+        self.spec, self.dtype, self.weights, self.attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         shard = self.group.shard
         self._num_heads = len(shard.heads(spec.num_heads))
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
         self.vocabulary = shard.bounds(spec.vocab_size)
-        self._operations = operations or Operations()
-        self._activate = self._operations.activation(spec.activation, is_gated=spec.is_gated)
+        self.operations = operations or Operations()
+        self._activate = self.operations.activation(spec.activation, is_gated=spec.is_gated)
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._frequencies = {
             turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
@@ -96,7 +96,7 @@ class Decoder:
             for turning, frequencies in self._frequencies.items()
         }
         by_layer = [each.unbind() for each in pages.unbind()]
-        return Step(turns, by_layer, batch.slots, self._attention.prepare(batch, pages.shape[3]))
+        return Step(turns, by_layer, batch.slots, self.attention.prepare(batch, pages.shape[3]))
 
     def run_layer(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         """One layer alone: hidden states [t, hidden] before it to those behind it."""
@@ -143,7 +143,7 @@ class Decoder:
         is_plain = spec.residual is Residual.SEQUENTIAL and spec.residual_scale == 1.0
         if is_plain and weights.mlp_norm is not None:
             part = self.group.all_reduce(part)
-            return self._operations.add_and_normalise(x, part, weights.mlp_norm, spec.norm_eps, spec.norm)
+            return self.operations.add_and_normalise(x, part, weights.mlp_norm, spec.norm_eps, spec.norm)
         x = self._add(x, part, weights.attention_out_norm)
         return x, self._norm(x, weights.mlp_norm)
 
@@ -157,7 +157,7 @@ class Decoder:
     def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
         if weights is None:
             return x
-        return self._operations.normalise(x, weights, self.spec.norm_eps, self.spec.norm)
+        return self.operations.normalise(x, weights, self.spec.norm_eps, self.spec.norm)
 
     def _feed_forward(self, x: Tensor, weights: LayerWeights) -> Tensor:
         if isinstance(weights.mlp, MoeWeights):
@@ -177,8 +177,8 @@ class Decoder:
             turned = self._normalise_qk(turned, weights.qk_norm)
         turning, pages = self.spec.ropes[layer], step.pages[layer]
         turns = None if turning is None else step.turns[turning]
-        q = self._operations.turn_and_write(turned, v, num_heads, turns, pages, step.slots)
-        attended = self._attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
+        q = self.operations.turn_and_write(turned, v, num_heads, turns, pages, step.slots)
+        attended = self.attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
         return weights.out(attended.flatten(1))
 
     def _normalise_qk(self, heads: Tensor, weights: NormWeights) -> Tensor:

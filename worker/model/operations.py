@@ -18,6 +18,7 @@ from worker.model.weights import NormWeights
 
 Turns = tuple[Tensor, Tensor]
 Activate = Callable[[Tensor], Tensor]
+Summary = tuple[Tensor, Tensor, Tensor]
 
 
 class Operations:
@@ -64,3 +65,10 @@ class Operations:
         for each, values in zip(pages, (k, v), strict=True):
             write_pages(each, values, slots)
         return q
+
+    def summarise(self, logits: Tensor) -> Summary:
+        """Of each row of `logits` [k, columns] the largest number, a column where it stands, and the log-sum-exp, in
+        float32 or wider. Where a row has numbers that are none, or no finite one, its log-sum-exp is not finite."""
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        most, columns = scores.max(-1)
+        return most, columns, scores.logsumexp(-1)

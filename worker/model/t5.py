@@ -96,13 +96,13 @@ class T5:
         group: Group | None = None,
         operations: Operations | None = None,
     ) -> None:
-        self.spec, self.dtype, self.weights, self._attention = spec, weights.dtype, weights, attention
+        self.spec, self.dtype, self.weights, self.attention = spec, weights.dtype, weights, attention
         self.group = group or Alone()
         self.num_kv_heads = len(self.group.shard.heads(spec.num_heads))
         self._head_shape = (self.num_kv_heads, spec.head_dim)
         self.vocabulary = self.group.shard.bounds(spec.vocab_size)
-        self._operations = operations or Operations()
-        self._activate = self._operations.activation(spec.activation, is_gated=spec.is_gated)
+        self.operations = operations or Operations()
+        self._activate = self.operations.activation(spec.activation, is_gated=spec.is_gated)
         self._encoder_shape = LayerShape(scale=1.0, bias=weights.encoder.bias)
         self._decoder_shape = LayerShape(scale=1.0, bias=weights.decoder.bias)
 
@@ -132,7 +132,7 @@ class T5:
         queries of `batch` over the pages that `encode` filled. Returns logits [k, the rank's part of the vocabulary].
         """
         stack, x = self.weights.decoder, self._embed(tokens)
-        meta, cross_meta = (self._attention.prepare(each, pages.shape[3]) for each in (batch, cross))
+        meta, cross_meta = (self.attention.prepare(each, pages.shape[3]) for each in (batch, cross))
         layers = zip(stack.layers, self.weights.crosses, pages, strict=True)
         for weights, cross_weights, layer_pages in layers:
             x = x + self._attend(x, weights, layer_pages, batch.slots, meta, self._decoder_shape)
@@ -145,7 +145,7 @@ class T5:
         stack, x, size = self.weights.encoder, self._embed(tokens), len(tokens)
         zero, slots = np.zeros(1, np.int64), torch.arange(size, device=x.device)
         batch = Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
-        meta = self._attention.prepare(batch, size)
+        meta = self.attention.prepare(batch, size)
         pages = x.new_empty((2, 1, size, *self._head_shape))
         for weights in stack.layers:
             x = x + self._attend(x, weights, pages, slots, meta, self._encoder_shape)
@@ -156,7 +156,7 @@ class T5:
         return vocabulary_parallel_embedding(tokens, self.weights.embed, self.vocabulary, self.group)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
-        return self._operations.normalise(x, weights, self.spec.norm_eps, Norm.RMS)
+        return self.operations.normalise(x, weights, self.spec.norm_eps, Norm.RMS)
 
     def _attend(
         self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
@@ -165,12 +165,12 @@ class T5:
         q, k, v = heads.unbind(1)
         write_pages(pages[0], k, slots)
         write_pages(pages[1], v, slots)
-        attended = self._attention.attend(q, pages[0], pages[1], meta, shape)
+        attended = self.attention.attend(q, pages[0], pages[1], meta, shape)
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _attend_across(self, x: Tensor, weights: CrossLayer, pages: Tensor, meta: Any) -> Tensor:
         q = weights.q(self._norm(x, weights.norm)).view(len(x), *self._head_shape)
-        attended = self._attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
+        attended = self.attention.attend(q, pages[0], pages[1], meta, CROSS_SHAPE)
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worker.model.operations import Operations, Summary
 from worker.runner import noise
 from worker.runner.noise import Doubles
 from worker.runner.rows import AnyInts, Ints, Rows, is_among
@@ -28,7 +29,10 @@ from worker.runner.vocabulary import Vocabulary
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.floating[Any]]
 KeepRule = Callable[[Tensor, Tensor], Tensor]
+Summarise = Callable[[Tensor], Summary]
 Parameters = npt.NDArray[np.void]
+
+IN_TORCH = Operations()
 
 NOISE_MARGIN = noise.GUMBEL_RANGE + 1e-6
 """A candidate behind the best by more cannot win; the rest covers rounding in the logarithms."""
@@ -68,6 +72,7 @@ class _Task:
     stop_ids: list[Ints]
     ids: range
     counts: Tensor | None
+    summarise: Summarise
 
     def of(self, members: Ints) -> _Task:
         """Some of the rows, among them all with penalties."""
@@ -82,36 +87,44 @@ def sample(
     state: Rows,
     vocabulary: Vocabulary,
     beyond: Sequence[AnyInts] = (),
+    summarise: Summarise = IN_TORCH.summarise,
 ) -> Sampled:
     """Pick one token at each of k places of rows.
 
     `logits` [k, this rank's part of the vocabulary] of any floating type; `rows` [k] where each one's parameters are in
     `state`; `output_indices` [k] index of the token to pick within the row's output. `state` is only read; where it
-    does not know all output before a place, the rest is in `beyond` [k].
+    does not know all output before a place, the rest is in `beyond` [k]. `summarise` is that of Operations.
 
     Ranks exchange five numbers for each row that is decided by the best tokens of their parts, in one collective; the
     logits of all other rows in another, and the token counts of those with penalties among these in a third.
     """
     if not vocabulary.is_split:
-        return _sample_here(logits, _task(rows, output_indices, state, vocabulary, beyond))
+        return _sample_here(logits, _task(rows, output_indices, state, vocabulary, beyond, summarise))
     needs_whole = state.parameters["needs_whole"][rows]
     ways, found = {_sample_gathered: needs_whole, _sample_split: ~needs_whole}, []
     for run, is_member in ways.items():
         members = np.flatnonzero(is_member)
         if len(members):
             theirs = [beyond[member] for member in members.tolist()] if beyond else ()
-            task = _task(rows[members], output_indices[members], state, vocabulary, theirs)
+            task = _task(rows[members], output_indices[members], state, vocabulary, theirs, summarise)
             mine = logits if len(members) == len(rows) else logits[torch.from_numpy(members)]
             found.append((members, run(mine, task, vocabulary)))
     return found[0][1] if len(found) == 1 else _merge(found, len(rows))
 
 
-def _task(rows: Ints, output_indices: Ints, state: Rows, vocabulary: Vocabulary, beyond: Sequence[AnyInts]) -> _Task:
+def _task(
+    rows: Ints,
+    output_indices: Ints,
+    state: Rows,
+    vocabulary: Vocabulary,
+    beyond: Sequence[AnyInts],
+    summarise: Summarise,
+) -> _Task:
     parameters = state.parameters[rows]
     counted, counts = np.flatnonzero(parameters["needs_counts"]), None
     if len(counted):
         counts = state.counts.of(rows[counted], [beyond[place] for place in counted.tolist()] if beyond else ())
-    return _Task(rows, output_indices, parameters, state.stop_ids, vocabulary.mine, counts)
+    return _Task(rows, output_indices, parameters, state.stop_ids, vocabulary.mine, counts, summarise)
 
 
 def _merge(parts: list[tuple[Ints, Sampled]], num_rows: int) -> Sampled:
@@ -156,15 +169,18 @@ def _sample_split(logits: Tensor, task: _Task, vocabulary: Vocabulary) -> Sample
 
 def _choose(logits: Tensor, task: _Task) -> tuple[_View, Ints, Doubles]:
     """The scores that decide, the column picked for each of k rows, and the value by which it won."""
-    scores = logits if logits.dtype is torch.float64 else logits.to(torch.float32)
-    most, picked = scores.max(-1)
+    most, picked, normalisers = task.summarise(logits)
     best, columns = most.double().numpy(), picked.numpy()
     chosen = np.flatnonzero(~task.parameters["is_plain"])
     processed: Tensor | None = None
     if len(chosen):
-        processed = scores[torch.from_numpy(chosen)]
+        processed = _widened(logits[torch.from_numpy(chosen)])
         columns[chosen], best[chosen] = _process_and_pick(processed, task.of(chosen))
-    return _View(scores, processed, chosen, task.parameters), columns, best
+    return _View(logits, normalisers, processed, chosen, task.parameters), columns, best
+
+
+def _widened(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _process_and_pick(scores: Tensor, task: _Task) -> tuple[Ints, Doubles]:
@@ -338,9 +354,11 @@ class _View:
     `raw_normalisers` and `processed_normalisers` [k] are their log-sum-exps; the same where nothing is processed.
     """
 
-    def __init__(self, raw: Tensor, processed: Tensor | None, chosen: Ints, parameters: Parameters) -> None:
+    def __init__(
+        self, raw: Tensor, normalisers: Tensor, processed: Tensor | None, chosen: Ints, parameters: Parameters
+    ) -> None:
         self._raw, self._processed = raw, processed
-        self.raw_normalisers: Floats = raw.logsumexp(-1).numpy()
+        self.raw_normalisers: Floats = normalisers.numpy()
         self.processed_normalisers = self.raw_normalisers
         self._place = np.full(len(parameters), -1)
         if processed is not None:
@@ -351,7 +369,7 @@ class _View:
 
     def values(self, columns: Ints) -> Floats:
         """The scores at one column of each row, of the kind the row wants, [k]."""
-        values: Floats = self._raw.gather(1, torch.from_numpy(columns)[:, None])[:, 0].numpy()
+        values: Floats = _widened(self._raw.gather(1, torch.from_numpy(columns)[:, None])[:, 0]).numpy()
         if self._processed is not None:
             members = np.flatnonzero(self._reads_processed)
             places = torch.from_numpy(self._place[members])
@@ -362,7 +380,7 @@ class _View:
         """[columns] of the kind the row wants."""
         if self._processed is not None and self._reads_processed[row]:
             return self._processed[self._place[row]] - float(self.processed_normalisers[row])
-        return self._raw[row] - float(self.raw_normalisers[row])
+        return _widened(self._raw[row]) - float(self.raw_normalisers[row])
 
 
 def _sampled(ids: Ints, values: Floats, raw_normalisers: Floats, processed_normalisers: Floats, task: _Task) -> Sampled:

@@ -90,7 +90,8 @@ class TorchDevice:
         places = Places(plan)
         output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
         before = places.drafts_before if places.has_drafts else ()
-        sampled = sample(self._logits, places.rows, output_indices, self.rows, self._vocabulary, before)
+        summarise = self._model.operations.summarise
+        sampled = sample(self._logits, places.rows, output_indices, self.rows, self._vocabulary, before, summarise)
         num_ids, errors = places.num_ids(sampled), places.errors(sampled)
         if places.has_drafts:
             self._clear_spoilt(places.tokens[places.that_spoil(sampled, num_ids)])
@@ -123,8 +124,10 @@ class TorchDevice:
                 self._encode(self._model, init)
 
     def _clear_ends(self, plan: StepPlan) -> None:
-        """Make zero those new pages of rows that the step does not fill: whole pages are read, and masking cannot hide
-        what others left there that is not a number."""
+        """Make zero those new pages of rows that the step does not fill. Where attention reads whole pages,
+        masking cannot hide what others left there that is not a number."""
+        if not self._model.attention.reads_whole_pages:
+            return
         ends = np.zeros(len(self.rows.block_tables), np.int64)
         ends[plan.rows] = plan.starts + plan.num_tokens
         is_filled = (plan.block_offsets + 1) * self._block_size <= ends[plan.block_rows]

@@ -128,6 +128,17 @@ def test_what_is_no_number_stays_in_its_row(native):
     assert torch.equal(found[[0, 10]], expected[[0, 10]])
 
 
+def test_what_no_query_sees_need_not_be_a_number(native):
+    case, layer = random_case(5, [13, 70], [1, 70]), LayerShape(0.25)
+    pages = [case.k_pages.clone(), case.v_pages.clone()]
+    for each in pages:
+        for row, length in enumerate((13, 70)):
+            each[case.batch.block_tables[row, length // 8], length % 8 :] = torch.nan
+    spoilt = case._replace(k_pages=pages[0], v_pages=pages[1])
+    assert not native.reads_whole_pages and spoilt.k_pages.isnan().any()
+    assert torch.equal(run(native, spoilt, layer), run(native, case, layer))
+
+
 def test_queries_may_be_a_part_of_wider_rows(native):
     case, layer = random_case(4, **MIXED), LayerShape(0.25)
     wide = torch.randn(len(case.q), case.q.shape[1] + 5, 16)

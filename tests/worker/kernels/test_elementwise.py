@@ -125,3 +125,29 @@ def test_other_types_are_left_to_torch(operations):
     assert torch.equal(operations.normalise(x, weights, EPS, Norm.RMS), TORCH.normalise(x, weights, EPS, Norm.RMS))
     silu = Activation.SILU
     assert torch.equal(*(each.activation(silu, is_gated=True)(x) for each in (operations, TORCH)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("columns", [1, 5, 16, 1000, 32001])
+def test_rows_of_logits_are_summarised_as_in_torch(operations, dtype, columns):
+    logits = random(9, columns, dtype=dtype) * 8
+    found, expected = operations.summarise(logits), TORCH.summarise(logits)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(logits.gather(1, found[1][:, None])[:, 0].float(), found[0])
+    torch.testing.assert_close(found[2], expected[2], rtol=3e-6, atol=3e-6)
+    shifted = operations.summarise(logits.roll(1, 0))
+    assert not torch.equal(shifted[0], expected[0]) and not torch.allclose(shifted[2], expected[2])
+
+
+def test_of_columns_that_tie_the_first_is_picked(operations):
+    logits = torch.zeros(3, 100)
+    logits[0, [37, 5, 80]], logits[1, [99, 98]] = 2.0, 1.0
+    assert operations.summarise(logits)[1].tolist() == [5, 98, 0]
+
+
+def test_rows_that_cannot_be_sampled_have_no_finite_normaliser(operations):
+    logits = random(5, 70, dtype=torch.float32)
+    logits[0, 69], logits[1, 3], logits[2], logits[3, :69] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    most, columns, normalisers = operations.summarise(logits)
+    assert normalisers.isfinite().tolist() == [False, False, False, True, True]
+    assert columns[3] == 69 and normalisers[3] == most[3]

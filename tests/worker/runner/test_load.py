@@ -248,9 +248,9 @@ def test_dummy_weights_need_a_config_only(tiny_folder, tmp_path):
 
 def test_the_attention_can_be_chosen(load):
     device, _ = load(attention="reference")
-    assert isinstance(device._model._attention, ReferenceAttention)
+    assert isinstance(device._model.attention, ReferenceAttention)
     device, _ = load()
-    assert not isinstance(device._model._attention, ReferenceAttention)
+    assert not isinstance(device._model.attention, ReferenceAttention)
 
 
 def test_a_missing_model_is_one_sentence(load):

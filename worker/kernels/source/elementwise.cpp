@@ -180,6 +180,49 @@ void activate_as(int64_t kind, const T* x, int64_t num_rows, int64_t width, int6
     if (kind == RELU) activate<T, RELU>(x, num_rows, width, is_gated, out);
 }
 
+// Logits.
+
+INLINE void smallest_place(floats values, ints places, float value, int64_t& place) {
+    float lanes[LANES];
+    int32_t indices[LANES];
+    memcpy(lanes, &values, sizeof lanes), memcpy(indices, &places, sizeof indices);
+    place = INT32_MAX;
+    for (int lane = 0; lane < LANES; ++lane)
+        if (lanes[lane] == value) place = std::min<int64_t>(place, indices[lane]);
+}
+
+// The largest number of a row, the first place where it stands, and the logarithm of the sum of all exponentials, which is
+// no number where the row has one that is none, or no finite one.
+template <class T>
+void summarise_row(const T* row, int64_t size, float* most, int64_t* place, float* normaliser) {
+    constexpr ints numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    floats high = all(-INFINITY);
+    ints places = {};
+    for_lanes(size, [&](int64_t at, int64_t count) {
+        floats value = load_some(row + at, count);
+        if (count < LANES) value = select(numbers < (int32_t)count, value, all(-INFINITY));
+        ints is_larger = (ints)(value > high);
+        high = select(is_larger, value, high);
+        places = (is_larger & (numbers + (int32_t)at)) | (~is_larger & places);
+    });
+    *most = largest(high);
+    smallest_place(high, places, *most, *place);
+    floats total = {};
+    for_lanes(size, [&](int64_t at, int64_t count) {
+        floats value = exponential(load_some(row + at, count) - *most);
+        total += count < LANES ? select(numbers < (int32_t)count, value, floats{}) : value;
+    });
+    *normaliser = *most + std::log(sum(total));
+    if (*place == INT32_MAX) *place = 0;
+}
+
+template <class T>
+void summarise(const T* logits, int64_t num_rows, int64_t size, float* most, int64_t* places, float* normalisers) {
+    for_each_in_parallel(num_rows, [&](int64_t row) {
+        summarise_row(logits + row * size, size, most + row, places + row, normalisers + row);
+    });
+}
+
 // Queries, keys and values.
 
 // turned[tokens][heads + kv heads][head_dim] and v[tokens][kv heads][head_dim], tokens `..._stride` elements apart; cos and
@@ -244,3 +287,11 @@ EXPORT void inferfleet_activate_bf16(const bf16* x, int64_t kind, int64_t num_ro
 
 EXPORT void inferfleet_turn_f32(const Turn* turn) { turn_all<float>(*turn); }
 EXPORT void inferfleet_turn_bf16(const Turn* turn) { turn_all<bf16>(*turn); }
+
+EXPORT void inferfleet_summarise_f32(const float* logits, int64_t num_rows, int64_t size, float* most, int64_t* places, float* sums) {
+    summarise(logits, num_rows, size, most, places, sums);
+}
+
+EXPORT void inferfleet_summarise_bf16(const bf16* logits, int64_t num_rows, int64_t size, float* most, int64_t* places, float* sums) {
+    summarise(logits, num_rows, size, most, places, sums);
+}
