@@ -156,6 +156,11 @@ def table(result: Result, sizes: Sizes, targets: str) -> str:
     return "| measure | median (worst to best) | bar |\n|---|---|---|\n" + "".join(lines)
 
 
+def table_of_file(found: dict[str, Any]) -> str:
+    """Of what a run with the defaults has written."""
+    return table(Result(found["base"], found["adapted"], found["largest_batch"]), Sizes(CONFIG), "all")
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 

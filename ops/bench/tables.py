@@ -1,0 +1,79 @@
+"""The tables of docs/performance.md, made of the files in docs/data.
+
+python -m ops.bench.tables             writes each between its two marks
+python -m ops.bench.tables --check     says which are not up to date, with status 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import ConfigurationError
+from ops.bench import lora, quant
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
+
+
+class Table(NamedTuple):
+    """`make` gets what is in the file and gives Markdown."""
+
+    file: str
+    make: Callable[[Any], str]
+
+
+TABLES: dict[str, Table] = {
+    "quant": Table("quant.json", quant.table),
+    "lora": Table("lora.json", lora.table_of_file),
+}
+
+
+def with_tables(page: str, data: Path, tables: Mapping[str, Table] = TABLES) -> str:
+    """The page with every table as the files in `data` have it.
+
+    Raises:
+        ConfigurationError: a mark names no table, a table has no mark, or not exactly one; or a file cannot be read.
+    """
+    marked = sorted(match[2] for match in MARKED.finditer(page))
+    if marked != sorted(tables):
+        raise ConfigurationError(f"the page has marks for {', '.join(marked)}; there are {', '.join(sorted(tables))}")
+    return MARKED.sub(lambda match: match[1] + _made(tables[match[2]], data) + match[4], page)
+
+
+def _made(table: Table, data: Path) -> str:
+    path = data / table.file
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"no table can be made of {path}: {error}") from None
+    return table.make(found).rstrip("\n") + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    before = PAGE.read_text()
+    after = with_tables(before, PAGE.parent / "data")
+    if not options.check:
+        PAGE.write_text(after)
+        return 0
+    stale = changed(before, after)
+    print("".join(f"{name} is not up to date\n" for name in stale), end="")
+    return 1 if stale else 0
+
+
+def changed(before: str, after: str) -> list[str]:
+    """Names of the tables that differ."""
+    pairs = zip(MARKED.finditer(before), MARKED.finditer(after), strict=True)
+    return [old[2] for old, new in pairs if old[0] != new[0]]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
