@@ -162,7 +162,7 @@ class EngineLoop:
     def _schedule(self) -> Launch | None:
         if not self.scheduler.has_requests or self._uncommitted.is_full:
             return None
-        budget = self.pacer.budget(self.scheduler.num_decoding)
+        budget = self.pacer.budget(self.scheduler.num_decoding, has_seniors=self.scheduler.has_seniors)
         launch = self.scheduler.schedule(budget)
         if launch is None and not self._pending and self.scheduler.has_requests:
             raise EngineStalled("requests wait and no step can be launched")

@@ -11,8 +11,10 @@ prompts get little less than half of the device, however fast either is."""
 
 
 class PrefillPacer:
-    """Learns what a prompt token and a step without prompts cost. A mixed step may last SHARE_OF_PROMPTS longer than
-    the same one without prompts, and no longer than `limit_s`; a `limit_s` of 0 switches both off.
+    """Learns what a prompt token and a step without prompts cost. A mixed step may last no longer than `limit_s`, and
+    beside streams that had begun before the prompt came, SHARE_OF_PROMPTS longer than the same step without prompts.
+    Of a burst, whose first streams begin while others of it still wait, the prompts come first. A `limit_s` of 0
+    switches both off.
 
     With nobody decoding the whole `max_tokens` are given: then nothing but the prompts themselves would wait.
     """
@@ -22,14 +24,14 @@ class PrefillPacer:
         self._seconds_per_token = 0.0
         self._decode_s: dict[int, float] = {}
 
-    def budget(self, num_decodes: int) -> int:
-        """For a step beside so many requests that decode."""
+    def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
+        """For a step beside so many requests that decode, some of which began before the next prompt came or not."""
         if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)
-        seconds = self.limit_s
-        if decode_s:
-            seconds = min(self.limit_s - decode_s, SHARE_OF_PROMPTS * decode_s)
+        seconds = self.limit_s - decode_s
+        if decode_s and has_seniors:
+            seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
         return min(self.max_tokens, max(SMALLEST_CHUNK, int(seconds / self._seconds_per_token)))
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:

@@ -56,7 +56,8 @@ class Request:
     `computed < total` is what makes a request schedulable: there is no prefill phase and no decode phase.
 
     Of an encoder-decoder model `tokens` are the decoder's, and its start token is their whole prompt; what the client
-    sent is `encoder_ids`. `num_input` counts the client's tokens for either kind.
+    sent is `encoder_ids`. `num_input` counts the client's tokens for either kind. `began_after` is the last arrival
+    before its first token, 0 for one that had begun elsewhere.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     residency: Residency | None = None
     was_chunked: bool = False
+    began_after: int = 0
     digests: list[bytes] = field(default_factory=list)
 
     @property

@@ -116,6 +116,7 @@ class Scheduler:
         self._freed_rows: list[int] = []
         self._last_launched = 0
         self._last_applied = 0
+        self._last_arrival = 0
 
     @property
     def has_requests(self) -> bool:
@@ -123,7 +124,14 @@ class Scheduler:
 
     @property
     def num_decoding(self) -> int:
-        return sum(request.num_output + request.num_in_flight > 0 for request in self.running)
+        return sum(map(_decodes, self.running))
+
+    @property
+    def has_seniors(self) -> bool:
+        """Whether somebody who decodes had begun before the prompt came that is next."""
+        prompts = [request.arrival for request in self.running if not _decodes(request)]
+        prompts += [request.arrival for request in self.waiting[:1]]
+        return bool(prompts) and any(_decodes(each) and each.began_after < min(prompts) for each in self.running)
 
     def snapshot(self) -> dict[str, float]:
         """The counters and gauges of a `Step` message, all but the time."""
@@ -158,6 +166,7 @@ class Scheduler:
             return end_without_token(request, finish, error)
         self.requests[request.request_id] = request
         self.waiting.append(request)
+        self._last_arrival = request.arrival
         return None
 
     def abort(self, request_id: str) -> None:
@@ -372,6 +381,8 @@ class Scheduler:
         self._land(entry)
         if request.is_ended:
             return []
+        if not request.num_output:
+            request.began_after = self._last_arrival
         num_ids, finish = _append(request, picks.ids)
         self._note_written(entry, entry.num_tokens - 1 + num_ids)
         if not num_ids:
@@ -535,6 +546,10 @@ def _append(request: Request, ids: Sequence[int]) -> tuple[int, str]:
         if finish := request.finish():
             return count, finish
     return len(ids), ""
+
+
+def _decodes(request: Request) -> bool:
+    return request.num_output + request.num_in_flight > 0
 
 
 def _finish_of_log(request: Request) -> str:

@@ -468,11 +468,28 @@ def test_the_time_of_prompts_reaches_the_pacer() -> None:
     harness.check_outcomes()
 
 
+def test_streams_are_senior_to_prompts_that_came_after_their_first_token_alone() -> None:
+    harness = Harness(limits(max_batch_prefill_tokens=64, max_total_tokens=600, num_blocks=400))
+    for name in "ab":
+        harness.submit(submit(name, [10] * 60, ignore_eos=True, max_new_tokens=40))
+    harness.run_pass()
+    scheduler = harness.scheduler
+    assert scheduler.num_decoding == 1 and not scheduler.has_seniors, "b came before a had begun"
+    while scheduler.num_decoding < 2:
+        harness.run_pass()
+    assert not scheduler.has_seniors, "nobody waits"
+    harness.submit(submit("c", [11] * 500))
+    harness.loop.take_messages()
+    assert scheduler.waiting and scheduler.has_seniors
+    harness.run_until_idle()
+    harness.check_outcomes()
+
+
 def test_an_encoder_pass_longer_than_the_paced_budget_runs_whole_beside_those_who_decode() -> None:
     harness = slow_harness(encoder_limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
     harness.submit(submit("a", [10] * 500, ignore_eos=True, max_new_tokens=40))
     harness.run_pass()
-    assert harness.loop.pacer.budget(1) == 100
+    assert harness.loop.pacer.budget(1, has_seniors=False) == 100
     for name in "bc":
         harness.submit(submit(name, [11] * 500))
     harness.run_pass()

@@ -18,13 +18,15 @@ def paced(max_tokens: int = 4096, limit_s: float = 0.1, decode_s: float = 0.0) -
 
 
 def test_mixed_steps_are_cut_to_the_limit_while_nothing_is_known_of_decoding() -> None:
-    assert paced().budget(4) == pytest.approx(100, abs=1)
+    assert paced().budget(4, has_seniors=True) == pytest.approx(100, abs=1)
 
 
 def test_prompts_lengthen_a_step_by_a_share_of_what_it_takes_without_them() -> None:
-    assert paced(decode_s=0.05, limit_s=1.0).budget(4) == pytest.approx(1000 * SHARE_OF_PROMPTS * 0.05, abs=1)
-    assert paced(decode_s=0.05, limit_s=0.06).budget(4) == SMALLEST_CHUNK
-    assert paced(decode_s=0.5, limit_s=0.6).budget(4) == pytest.approx(100, abs=1)
+    assert paced(decode_s=0.05, limit_s=1.0).budget(4, has_seniors=True) == pytest.approx(
+        1000 * SHARE_OF_PROMPTS * 0.05, abs=1
+    )
+    assert paced(decode_s=0.05, limit_s=0.06).budget(4, has_seniors=True) == SMALLEST_CHUNK
+    assert paced(decode_s=0.5, limit_s=0.6).budget(4, has_seniors=True) == pytest.approx(100, abs=1)
 
 
 def test_what_a_step_takes_goes_by_how_many_decode() -> None:
@@ -32,9 +34,20 @@ def test_what_a_step_takes_goes_by_how_many_decode() -> None:
     for _ in range(50):
         pacer.note(0, 40, 0.2)
     few, many = (1000 * SHARE_OF_PROMPTS * seconds for seconds in (0.05, 0.2))
-    assert pacer.budget(4) == pacer.budget(7) == pacer.budget(31) == pytest.approx(few, abs=1)
-    assert pacer.budget(32) == pacer.budget(200) == pytest.approx(many, abs=1)
-    assert pacer.budget(1) == 4096, "what fewer take is not known, and the limit is far"
+    assert (
+        pacer.budget(4, has_seniors=True)
+        == pacer.budget(7, has_seniors=True)
+        == pacer.budget(31, has_seniors=True)
+        == pytest.approx(few, abs=1)
+    )
+    assert pacer.budget(32, has_seniors=True) == pacer.budget(200, has_seniors=True) == pytest.approx(many, abs=1)
+    assert pacer.budget(1, has_seniors=True) == 4096, "what fewer take is not known, and the limit is far"
+
+
+def test_beside_streams_of_the_same_burst_prompts_are_held_to_the_limit_alone() -> None:
+    pacer = paced(decode_s=0.05, limit_s=1.0)
+    assert pacer.budget(4, has_seniors=False) == pytest.approx(950, abs=1)
+    assert pacer.budget(4, has_seniors=True) < 50
 
 
 def test_the_cost_of_prompts_is_what_mixed_steps_take_beyond_decoding() -> None:
@@ -42,38 +55,38 @@ def test_the_cost_of_prompts_is_what_mixed_steps_take_beyond_decoding() -> None:
     for _ in range(50):
         pacer.note(0, 4, 0.05)
         pacer.note(100, 4, 0.15)
-    assert pacer.budget(4) == pytest.approx(1000 * SHARE_OF_PROMPTS * 0.05, abs=1)
+    assert pacer.budget(4, has_seniors=True) == pytest.approx(1000 * SHARE_OF_PROMPTS * 0.05, abs=1)
 
 
 def test_a_mixed_step_faster_than_decoding_does_not_open_the_gates() -> None:
     pacer = paced(decode_s=0.05, limit_s=1.0)
     pacer.note(100, 4, 0.04)
-    assert pacer.budget(4) < 80
+    assert pacer.budget(4, has_seniors=True) < 80
 
 
 def test_alone_prompts_get_the_whole_budget() -> None:
-    assert paced().budget(0) == 4096
+    assert paced().budget(0, has_seniors=True) == 4096
 
 
 @pytest.mark.parametrize("pacer", [PrefillPacer(4096, 0.1), paced(limit_s=0.0, decode_s=0.05)])
 def test_without_knowledge_or_switched_off_nothing_is_cut(pacer: PrefillPacer) -> None:
-    assert pacer.budget(4) == 4096
+    assert pacer.budget(4, has_seniors=True) == 4096
 
 
 def test_a_chunk_is_never_uselessly_small_nor_above_the_limit() -> None:
-    assert paced(limit_s=1e-6).budget(4) == SMALLEST_CHUNK
-    assert paced(max_tokens=16, limit_s=1e-6).budget(4) == 16
-    assert paced(max_tokens=16).budget(4) == 16
+    assert paced(limit_s=1e-6).budget(4, has_seniors=True) == SMALLEST_CHUNK
+    assert paced(max_tokens=16, limit_s=1e-6).budget(4, has_seniors=True) == 16
+    assert paced(max_tokens=16).budget(4, has_seniors=True) == 16
 
 
 def test_it_follows_a_device_that_gets_slower() -> None:
     pacer = paced()
     for _ in range(50):
         pacer.note(1000, 0, 1.4)
-    assert pacer.budget(4) == pytest.approx(71, abs=1)
+    assert pacer.budget(4, has_seniors=True) == pytest.approx(71, abs=1)
 
 
 def test_steps_with_hardly_any_prompt_teach_nothing() -> None:
     pacer = paced()
     pacer.note(SMALLEST_CHUNK - 1, 0, 100.0)
-    assert pacer.budget(4) == pytest.approx(100, abs=1)
+    assert pacer.budget(4, has_seniors=True) == pytest.approx(100, abs=1)
