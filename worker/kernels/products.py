@@ -127,6 +127,7 @@ def _is_tied(embed: object, head: object) -> bool:
 def _pack(library: ctypes.CDLL, weight: Tensor) -> Tensor:
     num_elements = _function(library, "packed_elements", weight.dtype, 0, 2, 0, ctypes.c_int64)(*weight.shape)
     packed = torch.empty(num_elements, dtype=weight.dtype)
+    library.inferfleet_prefer_large_pages(ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(num_bytes_of(packed)))
     _function(library, "pack", weight.dtype, 1, 3, 1)(
         weight.data_ptr(), *weight.shape, weight.stride(0), packed.data_ptr()
     )

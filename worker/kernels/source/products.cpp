@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <sys/mman.h>
 
 namespace {
 
@@ -301,6 +302,14 @@ void unpack_rows(const Matrix& matrix, const int64_t* rows, int64_t count, T* ou
 
 EXPORT int64_t inferfleet_packed_elements_f32(int64_t n, int64_t k) { return ceil_div(n, PANEL) * panel_elements<float>(k); }
 EXPORT int64_t inferfleet_packed_elements_bf16(int64_t n, int64_t k) { return ceil_div(n, PANEL) * panel_elements<bf16>(k); }
+
+// Ask for large pages, where the system gives them to those who ask: what is read from end to end in every step should not
+// be looked up every 4 KB.
+EXPORT void inferfleet_prefer_large_pages(char* memory, int64_t size) {
+    constexpr uintptr_t LARGE = 2 << 20;
+    uintptr_t first = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE, end = ((uintptr_t)memory + size) / LARGE * LARGE;
+    if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
+}
 
 EXPORT void inferfleet_pack_f32(const float* from, int64_t n, int64_t k, int64_t stride, float* to) { pack(from, n, k, stride, to); }
 EXPORT void inferfleet_pack_bf16(const bf16* from, int64_t n, int64_t k, int64_t stride, bf16* to) { pack(from, n, k, stride, to); }
