@@ -108,7 +108,8 @@ def columns_from_list(value: list[Any]) -> TokenColumns:
     """Raises WireError if these are not columns of one length."""
     try:
         start, ids, pieces, logprobs, tops = value
-        if not isinstance(start, int) or not all(isinstance(column, list) for column in (ids, pieces, logprobs)):
+        are_lists = isinstance(ids, list) and isinstance(pieces, list) and isinstance(logprobs, list)
+        if not isinstance(start, int) or not are_lists:
             raise WireError("not token columns")
         if not len(ids) == len(pieces) == len(logprobs) or (tops is not None and len(tops) != len(ids)):
             raise WireError("token columns differ in length")
@@ -138,7 +139,16 @@ def decode_frame(data: bytes) -> list[tuple[str, TokenColumns]]:
     Raises:
         WireError: if it is not a frame of this version.
     """
+    return runs_of(_checked(data, "T"))
+
+
+def runs_of(value: Any) -> list[tuple[str, TokenColumns]]:
+    """The runs in the body of a frame.
+
+    Raises:
+        WireError: if there is something else.
+    """
     try:
-        return [(job_id, columns_from_list(run)) for job_id, *run in _checked(data, "T")]
+        return [(job_id, columns_from_list(run)) for job_id, *run in value]
     except (TypeError, ValueError) as error:
         raise WireError(f"not a frame: {error}") from error

@@ -129,7 +129,8 @@ class Follower:
         self._rewound_to: int | None = None
         self._told: Status | None = None
         self._is_done = False
-        self._news = asyncio.Event()
+        self._has_news = False
+        self._waiter: asyncio.Future[bool] | None = None
 
     @property
     def job_id(self) -> str:
@@ -154,7 +155,9 @@ class Follower:
         return self._shared.first_token_ms
 
     def wake(self) -> None:
-        self._news.set()
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(True)
 
     def rewind(self, end: int) -> None:
         if self.offset > end:
@@ -167,8 +170,10 @@ class Follower:
         if self._is_done:
             return None
         while True:
-            self._news.clear()
-            event = self._at_hand() or await self._from_log()
+            self._has_news = False
+            event = self._at_hand()
+            if event is None and self.offset < self._shared.end:
+                event = await self._from_log()
             if event is not None:
                 return event
             if not await self._wait(timeout_s):
@@ -186,7 +191,7 @@ class Follower:
         limit = None if timeout_s is None else self._hub.clock() + timeout_s
         while self._shared.final is None and not self._hub.is_stopping:
             rest = None if limit is None else limit - self._hub.clock()
-            self._news.clear()
+            self._has_news = False
             if (rest is not None and rest <= 0) or not await self._wait(rest):
                 break
         return self._shared.final
@@ -221,12 +226,13 @@ class Follower:
         return self._status() or self._tokens() or self._end()
 
     def _status(self) -> Status | None:
-        shared = self._shared
-        status = Status(shared.state, shared.attempts, shared.cancelling)
-        if self._told == status or (self._told is not None and status.state.is_terminal):
-            return None
-        self._told = status
-        return status
+        shared, told = self._shared, self._told
+        if told is not None:
+            is_same = told.state is shared.state and told.attempts == shared.attempts
+            if (is_same and told.cancelling is shared.cancelling) or shared.state.is_terminal:
+                return None
+        self._told = Status(shared.state, shared.attempts, shared.cancelling)
+        return self._told
 
     def _tokens(self) -> Tokens | None:
         ring = self._shared.ring
@@ -246,8 +252,6 @@ class Follower:
     async def _from_log(self) -> Tokens | None:
         """What has left the ring, or was never in it."""
         start = self.offset
-        if start >= self._shared.end:
-            return None
         columns = await self._hub.read_log(self, empty_columns(start))
         if not columns.ids or self.offset != start or self._rewound_to is not None:
             return None
@@ -256,10 +260,8 @@ class Follower:
 
     async def arrived(self, timeout_s: float) -> None:
         """Wait until something happened to the job, or `timeout_s` seconds."""
-        self._news.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._news.wait()
+        self._has_news = False
+        await self._news_within(timeout_s)
 
     async def _wait(self, timeout_s: float | None) -> bool:
         """False after `timeout_s`. One that is behind the ring only waits for Redis, and tries again by itself."""
@@ -267,12 +269,28 @@ class Follower:
         limit = LONGEST_PAUSE_S if is_behind else timeout_s
         if self._shared.final is not None and not is_behind:
             return True
+        return await self._news_within(limit) or is_behind
+
+    async def _news_within(self, timeout_s: float | None) -> bool:
+        """Whether somebody has called `wake` since the last look, or does within the time. A bare future, as this
+        happens with every write to every client."""
+        if self._has_news:
+            return True
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiter = waiter
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _give_up, waiter)
         try:
-            async with asyncio.timeout(limit):
-                await self._news.wait()
-        except TimeoutError:
-            return is_behind
-        return True
+            return await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+
+def _give_up(waiter: asyncio.Future[bool]) -> None:
+    if not waiter.done():
+        waiter.set_result(False)
 
 
 class Hub:

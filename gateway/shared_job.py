@@ -64,12 +64,14 @@ def _num_bytes(columns: TokenColumns) -> int:
 
 
 class Ring:
-    """The newest tokens of one job, in blocks, bounded by bytes. Reading copies: blocks grow in place."""
+    """The newest tokens of one job, in blocks, bounded by bytes. Reading copies: blocks grow in place. Whoever has read
+    all before them gets the run that came last as it is."""
 
-    __slots__ = ("_blocks", "end", "limit", "num_bytes", "start")
+    __slots__ = ("_blocks", "_last", "end", "limit", "num_bytes", "start")
 
     def __init__(self, start: int, limit: int = RING_BYTES) -> None:
         self._blocks: deque[TokenColumns] = deque()
+        self._last: TokenColumns | None = None
         self.start = self.end = start
         self.limit, self.num_bytes = limit, 0
 
@@ -81,7 +83,7 @@ class Ring:
             block = empty_columns(columns.start)
             block.extend(columns)
             self._blocks.append(block)
-        self.end = columns.end
+        self.end, self._last = columns.end, columns
         self.num_bytes += _num_bytes(columns)
         while self.num_bytes > self.limit and len(self._blocks) > 1:
             oldest = self._blocks.popleft()
@@ -90,6 +92,7 @@ class Ring:
 
     def truncate(self, end: int) -> None:
         """Drop the tokens from offset `end` on."""
+        self._last = None
         while self._blocks and self._blocks[-1].end > end:
             block = self._blocks.pop()
             self.num_bytes -= _num_bytes(block)
@@ -101,7 +104,10 @@ class Ring:
         self.start = min(self.start, end)
 
     def read(self, start: int, max_tokens: int = MAX_TOKENS_PER_EVENT) -> TokenColumns:
-        """Up to `max_tokens` tokens (whole blocks) from offset `start`, which must lie within the ring."""
+        """Up to `max_tokens` tokens (whole blocks) from offset `start`, which must lie within the ring. Not to be
+        changed."""
+        if self._last is not None and self._last.start == start:
+            return self._last
         found = empty_columns(start)
         for block in self._blocks:
             if block.end <= start:
@@ -200,7 +206,7 @@ class SharedJob:
         self.known_end = max(self.known_end, columns.end)
         if columns.start > self.cursor or not columns.ids:
             return
-        if self._first_difference(columns) is not None:
+        if columns.start < self.end and self._first_difference(columns) is not None:
             self.cursor = self.base
             return
         self._advance(columns)
@@ -245,7 +251,8 @@ class SharedJob:
         return start + next(index for index, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other)
 
     def _advance(self, columns: TokenColumns) -> None:
-        news = columns.slice(self.end)
+        end = self.end
+        news = columns if columns.start == end else columns.slice(end)
         self.cursor = max(self.cursor, columns.end)
         self.known_end = max(self.known_end, self.cursor)
         if not news.ids:

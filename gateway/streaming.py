@@ -30,9 +30,10 @@ Value = TypeVar("Value")
 
 def encode_event(event: ServerEvent) -> bytes:
     """One event as it goes over the wire."""
-    lines = b"" if event.id is None else b"id: " + event.id.encode() + b"\n"
-    lines += b"" if event.event is None else b"event: " + event.event.encode() + b"\n"
-    return lines + b"data: " + event.data + b"\n\n"
+    data, event_id, kind = event
+    lines = "" if event_id is None else f"id: {event_id}\n"
+    lines += "" if kind is None else f"event: {kind}\n"
+    return b"%bdata: %b\n\n" % (lines.encode(), data)
 
 
 async def render(renderer: Renderer | JobEvents, follower: Follower, event: Event) -> list[ServerEvent]:

@@ -69,8 +69,8 @@ def decode_message(data: bytes) -> Frame | Ended | StatusChanged:
     value = wire.unpack(data)
     if not isinstance(value, list) or len(value) < 3 or value[0] != wire.VERSION:
         raise WireError("not a message of this version")
-    if value[1] == "T":
-        return Frame(wire.decode_frame(data))
+    if value[1] == "T" and len(value) == 3:
+        return Frame(wire.runs_of(value[2]))
     try:
         _, verb, job_id, state, number = value
         if verb == "E":

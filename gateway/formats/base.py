@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
@@ -28,8 +28,7 @@ FIRST_EXPECTED_OUTPUT = 256
 """Tokens that an answer is expected to have before its lane has figures of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerEvent:
+class ServerEvent(NamedTuple):
     """One server-sent event: `data` is JSON or `[DONE]`, `id` the token offset after it."""
 
     data: bytes

@@ -26,6 +26,7 @@ FINISH_REASONS = {
 HARMLESS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "stream")
 """Fields that ask for nothing that could show in an answer."""
 DONE = b"[DONE]"
+MARK = "\0"
 
 Refusal = tuple[str, Callable[[Any], bool], str]
 
@@ -234,6 +235,8 @@ class OpenAIRenderer(ABC):
         self.view, self.job_id, self.prompt_tokens = record.view, record.job_id, record.prompt_tokens
         self.special_ids = special_ids
         self.offset = 0
+        self._has_more_than_text = bool(self.view["logprobs"] or self.view["continuous_usage"])
+        self._frame: tuple[bytes, bytes] | None = None
 
     def prefix(self, columns: TokenColumns) -> None:
         self.skip(columns, shown_pieces(columns, self.view, self.special_ids))
@@ -244,12 +247,29 @@ class OpenAIRenderer(ABC):
 
     def tokens(self, columns: TokenColumns) -> list[ServerEvent]:
         shown = shown_pieces(columns, self.view, self.special_ids)
+        if not self._has_more_than_text:
+            return self._plain_events(columns, shown)
         events = []
         for index, piece in enumerate(shown):
             self.offset = columns.start + index + 1
             if piece is not None and (piece or self.view["logprobs"]):
                 events.append(self.event(self.choice(columns, index, piece)))
         return events
+
+    def _plain_events(self, columns: TokenColumns, shown: list[str | None]) -> list[ServerEvent]:
+        """Chunks that differ in their text only: what stands before and behind it is made once."""
+        before, behind = self._frame = self._frame or self._make_frame(columns)
+        self.offset = columns.end
+        return [
+            ServerEvent(before + dump(piece) + behind, str(offset))
+            for offset, piece in enumerate(shown, start=columns.start + 1)
+            if piece
+        ]
+
+    def _make_frame(self, columns: TokenColumns) -> tuple[bytes, bytes]:
+        # nothing behind the text comes from outside, so the last mark is the text's
+        before, _, behind = self.event(self.choice(columns, 0, MARK)).data.rpartition(dump(MARK))
+        return before, behind
 
     def end(self, record: JobRecord) -> list[ServerEvent]:
         events = self.finish(record)
