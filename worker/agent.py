@@ -53,8 +53,7 @@ from worker.search import Search
 
 BEATS_PER_LEASE = 5
 RECONCILE_S = 10.0
-SHORT_STEP_MS = 15.0
-MERGE_S = 0.03
+WINDOW_S, WINDOW_PER_JOB_S, LONGEST_WINDOW_S = 0.004, 0.00125, 0.03
 IDLE_WAIT_S = 2.0
 SUSPECT_WAIT_S = 0.2
 RETRY_S = 0.1
@@ -110,7 +109,8 @@ class Agent:
         self._num_tokens = 0
         self._request = 0
         self._identity = Identity.NEW
-        self._last_call = self._last_reconcile = self._last_stats = 0.0
+        self._last_call = self._last_whole_call = self._last_reconcile = self._last_stats = 0.0
+        self._last_engine_step = 0.0
         self._starting: set[str] = set()
         self._is_loaded, self._is_serving, self._is_over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._news, self._room_changed = asyncio.Event(), asyncio.Event()
@@ -242,6 +242,7 @@ class Agent:
             logger.info("%s: %s", self._card.served_name, reason)
 
     def on_step(self, step: Step) -> None:
+        self._last_engine_step = self._clock()
         self._num_tokens += sum(len(run.ids) for run in step.runs)
         self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
         self.metrics.engine(step.stats)
@@ -369,14 +370,14 @@ class Agent:
                 await asyncio.sleep(RETRY_S)
 
     async def _news_or_beat(self) -> None:
-        """Sleep until there is something to say or a beat is due. Very short engine steps share a call."""
+        """Sleep until there is something to say or a beat is due. Short engine steps share a call."""
         if self._identity is not Identity.KNOWN:
             return
         self._news.clear()
         if not self._jobs.outbox.has_news and not self._has_business:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._until_beat())
-        while self._may_merge and (rest := self._last_call + MERGE_S - self._clock()) > 0:
+        while not self._jobs.outbox.is_urgent and (rest := self._until_due) > 0:
             self._news.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), rest)
@@ -387,10 +388,13 @@ class Agent:
         return self._is_engine_lost or has_word or (self._is_draining and self._jobs.is_empty)
 
     @property
-    def _may_merge(self) -> bool:
-        """First tokens go at once; otherwise nobody sees the difference between 5 ms and 30 ms."""
-        is_quick = self._stats.get("step_ms", 0.0) < SHORT_STEP_MS
-        return is_quick and not self._jobs.outbox.is_urgent and not self._has_business
+    def _until_due(self) -> float:
+        """Seconds until everything goes out that is not urgent. What a call costs all processes is worth waiting for
+        another step of the engine, the longer the more jobs there are, but not for one that would come too late."""
+        window = min(WINDOW_S + WINDOW_PER_JOB_S * len(self._jobs), LONGEST_WINDOW_S)
+        due = self._last_whole_call + window
+        is_last_step = self._last_engine_step + self._stats.get("step_ms", 0.0) / 1000 > due
+        return 0.0 if is_last_step or self._has_business else max(0.0, due - self._clock())
 
     def _until_beat(self) -> float:
         """Seconds until Redis must hear of us, or a drained job must be given back."""
@@ -408,7 +412,7 @@ class Agent:
             self._lose_engine()
         if self._jobs.outbox.has_news or self._until_beat() == 0.0:
             await self._step()
-        self._engine.commit(self._jobs.outbox.settled_step)
+        self._engine.commit(self._jobs.outbox.settled_step, at_once=not self._num_computing)
         if self._to_release:
             await self._release()
         if self._adapters.unsaid:
@@ -519,8 +523,10 @@ class Agent:
         jobs, started = self._jobs, self._clock()
         is_due = started - self._last_stats >= STATS_S
         self._last_stats = started if is_due else self._last_stats
+        only_urgent = jobs.outbox.is_urgent and self._until_due > 0
         self._last_call = started
-        reply = await self._store.step(jobs.outbox.next_call(self._stats if is_due else {}))
+        self._last_whole_call = self._last_whole_call if only_urgent else started
+        reply = await self._store.step(jobs.outbox.next_call(self._stats if is_due else {}, only_urgent=only_urgent))
         self.metrics.call_seconds.observe(self._clock() - started)
         jobs.answered(reply)
         verbs = {control.verb for control in reply.controls}
@@ -544,7 +550,7 @@ class Agent:
         last_step = self._jobs.outbox.engine_step
         self._begin_incarnation()
         self._jobs.outbox.engine_step = last_step
-        self._engine.commit(self._jobs.outbox.settled_step)
+        self._engine.commit(self._jobs.outbox.settled_step, at_once=True)
 
     def _abort(self, job_ids: list[str]) -> None:
         if job_ids:

@@ -14,6 +14,7 @@ from worker.process import ending_of
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.2, 30.0
 MAX_DEATHS_WHILE_LOADING = 3
+COMMIT_STEPS, COMMIT_S = 16, 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class EngineKeeper:
         self._process: EngineProcess | None = None
         self._ready: Ready | None = None
         self._was_ever_ready = False
-        self._last_commit = 0
+        self._committed = self._told = 0
+        self._told_at = 0.0
         self._last_sign_of_life = clock()
         self.num_deaths = 0
         self._reset_progress()
@@ -98,7 +100,8 @@ class EngineKeeper:
         elif isinstance(message, Progress):
             self._on_progress(message)
         elif isinstance(message, Ready):
-            self._ready, self._was_ever_ready, self._last_commit = message, True, 0
+            self._ready, self._was_ever_ready = message, True
+            self._committed = self._told = 0
             self._owner.on_ready(message)
 
     def _reset_progress(self) -> None:
@@ -135,12 +138,17 @@ class EngineKeeper:
         if self.is_ready and self._process is not None:
             self._process.send(message)
 
-    def commit(self, step: int) -> None:
-        """Tell the engine how far its steps are on Redis; it pauses when that is too far behind."""
-        if step != self._last_commit:
-            self._last_commit = step
-            self.send(Commit(step))
+    def commit(self, step: int, *, at_once: bool) -> None:
+        """Steps up to `step` are on Redis. The engine, which pauses when that is too far behind, is told now and then, as
+        each message costs it time; `at_once` when no step of it will bring the next occasion."""
+        if step != self._committed:
+            self._committed = step
             self.rest()
+        now = self._clock()
+        is_due = at_once or step - self._told >= COMMIT_STEPS or now - self._told_at >= COMMIT_S
+        if step != self._told and is_due:
+            self._told, self._told_at = step, now
+            self.send(Commit(step))
 
     def rest(self) -> None:
         """What comes next is a fresh start: nothing before it counts as silence."""
@@ -148,7 +156,7 @@ class EngineKeeper:
 
     def check(self, newest_step: int) -> None:
         """Kill an engine that owes a step and does not end it, unless it waits for `newest_step` to be committed."""
-        if self._ready is None or self._process is None or newest_step != self._last_commit:
+        if self._ready is None or self._process is None or newest_step != self._committed:
             self.rest()
         elif self._clock() - self._last_sign_of_life > self._ready.step_limit_s:
             logger.error("no step for %.0f s: killing the engine", self._ready.step_limit_s)

@@ -81,6 +81,9 @@ class HeldJobs:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._held
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def get(self, job_id: str) -> Held | None:
         return self._held.get(job_id)
 

@@ -10,7 +10,6 @@ from common.store.replies import Chunk, Finish, StepCall, StepReply
 
 CHUNK_TOKENS = 64
 CHUNK_AGE_STEPS = 64
-NUM_URGENT_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +53,7 @@ class Outgoing:
     @property
     def is_urgent(self) -> bool:
         """Somebody waits to see anything at all."""
-        is_beginning = self.framed_end - self.taken_at < NUM_URGENT_TOKENS and self.framed_end < self.pending.end
+        is_beginning = self.framed_end == self.taken_at and self.framed_end < self.pending.end
         return is_beginning or bool(self.newcomers)
 
     def columns(self, end: int) -> TokenColumns:
@@ -83,7 +82,8 @@ def _before(columns: TokenColumns, end: int) -> TokenColumns:
 
 
 class Outbox:
-    """Merges everything that happened since the last step call into the next one; at most one is under way.
+    """Merges everything that happened since the last step call into the next one, or what is urgent of it; at most one
+    is under way.
 
     A token leaves `pending` only when the call that put it into the job's log was answered, and a job leaves the outbox
     only when its end was answered; until then its oldest unlogged token pins the write-ahead stream.
@@ -170,15 +170,17 @@ class Outbox:
         job = self._jobs.get(job_id)
         return job is not None and bool(job.gateways)
 
-    def next_call(self, stats: dict[str, float]) -> StepCall:
-        """The call to make: the one without an answer again, unchanged, or a new one with all the news."""
+    def next_call(self, stats: dict[str, float], *, only_urgent: bool = False) -> StepCall:
+        """The call to make: the one without an answer again, unchanged, or a new one with all the news, or with those
+        of the jobs that are urgent."""
         if self._in_flight is None:
-            self._in_flight = self._build(stats)
+            chosen = [job for job in self._jobs.values() if job.is_urgent or not only_urgent]
+            self._in_flight = self._build(chosen, stats, self._settled_step if only_urgent else self.engine_step)
         return self._in_flight.call
 
-    def _build(self, stats: dict[str, float]) -> _InFlight:
+    def _build(self, jobs: list[Outgoing], stats: dict[str, float], settled_step: int) -> _InFlight:
+        """`settled_step` as it is once the call is answered."""
         step = self._step + 1
-        jobs = self.jobs
         for job in jobs:
             if job.first_step is None and job.pending.ids:
                 job.first_step = step
@@ -189,7 +191,7 @@ class Outbox:
         call = StepCall(
             step=step,
             previous=self._step,
-            min_step=min((job.first_step for job in jobs if job.first_step is not None), default=step),
+            min_step=min((j.first_step for j in self._jobs.values() if j.first_step is not None), default=step),
             frame=frame,
             control_cursor=self._cursor,
             gateway_frames=self._gateway_frames(jobs, runs, frame),
@@ -199,7 +201,7 @@ class Outbox:
         )
         framed = {job.job_id: job.pending.end for job in jobs}
         newcomers = {job.job_id: set(job.newcomers) for job in jobs if job.newcomers}
-        return _InFlight(call, framed, flushed, newcomers, [job.job_id for job in ends], self.engine_step)
+        return _InFlight(call, framed, flushed, newcomers, [job.job_id for job in ends], settled_step)
 
     @staticmethod
     def _is_due(job: Outgoing, step: int) -> bool:

@@ -184,14 +184,41 @@ def test_lost_jobs_are_dropped() -> None:
     assert "b" in outbox
 
 
-def test_only_the_first_tokens_are_urgent() -> None:
+def test_only_the_first_token_is_urgent() -> None:
     outbox = outbox_with("a")
     urgent = []
-    for _ in range(5):
+    for _ in range(3):
         push(outbox, "a", 1)
         urgent.append(outbox.is_urgent)
         send(outbox)
-    assert urgent == [True, True, True, False, False]
+    assert urgent == [True, False, False]
+
+
+def test_an_urgent_call_leaves_the_others_for_the_next() -> None:
+    outbox = outbox_with("a", "b", gateways=("g1",))
+    push(outbox, "a", 1)
+    send(outbox)
+    outbox.engine_step = 1
+    push(outbox, "a", 2)
+    push(outbox, "b", 1)
+    outbox.engine_step = 2
+    urgent = outbox.next_call({}, only_urgent=True)
+    assert frame(urgent.frame) == frame(urgent.gateway_frames["g1"]) == [("b", 0, 1)]
+    outbox.answered(reply(urgent))
+    assert outbox.has_news and not outbox.is_urgent
+    assert outbox.settled_step == 0, "tokens of the second step are not on Redis yet"
+    call = outbox.next_call({})
+    assert (frame(call.frame), call.min_step) == ([("a", 1, 3)], 1)
+    outbox.answered(reply(call))
+    assert outbox.settled_step == 2 and not outbox.has_news
+
+
+def test_a_call_without_an_answer_is_repeated_whatever_has_become_urgent() -> None:
+    outbox = outbox_with("a", "b")
+    push(outbox, "a", 1)
+    call = outbox.next_call({}, only_urgent=True)
+    push(outbox, "b", 1)
+    assert outbox.next_call({}) is call
 
 
 def test_the_control_cursor_goes_back_with_the_next_call() -> None:
