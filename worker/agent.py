@@ -157,7 +157,7 @@ class Agent:
 
     @staticmethod
     async def _end_loops(tasks: list[asyncio.Task[None]]) -> None:
-        """Cancel until they are gone: redis-py now and then swallows a cancellation that meets a reply."""
+        """Cancel until they are gone: wait_for of Python 3.11 swallows a cancellation that comes with its result."""
         while not all(task.done() for task in tasks):
             for task in tasks:
                 task.cancel()

@@ -13,10 +13,6 @@ from importlib import resources
 from typing import Any, Self
 
 import redis
-import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, BlockingConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 
 from common import keys
@@ -30,9 +26,9 @@ from common.errors import (
     StoreUnsupported,
     UnknownIncarnation,
 )
+from common.store.link import Address, Argument, Link, OnPush
 
 OLDEST_VERSION = (7, 0)
-MAX_CONNECTIONS = 64
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
 FIRST_OPEN_PAUSE_S, LONGEST_OPEN_PAUSE_S = 0.2, 5.0
@@ -41,7 +37,7 @@ AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, redis
 
 logger = logging.getLogger(__name__)
 
-Arguments = tuple[bytes | str | int | float, ...]
+Arguments = tuple[Argument, ...]
 
 
 @cache
@@ -60,28 +56,19 @@ def library() -> tuple[str, str]:
 
 
 class Connection:
-    """A pool of connections without redis-py's own retries, and `call` for the functions of the protocol.
+    """One link for all calls of a process, opened again when it is lost, and `call` for the functions of the protocol.
 
     `generation` rises when the server process behind the URL changed (restart, failover). Whoever owns jobs must then
     say hello, look at what it owns and adopt the rest before its next step.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.url, self.timeout_s = url, timeout_s
+        self.timeout_s = timeout_s
         self.run_id = ""
         self.generation = 0
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=self._on_connect,
-            driver_info=None,
-        )
-        self.redis: redis.asyncio.Redis = redis.asyncio.Redis(connection_pool=pool)
-        self._pool = pool
+        self._address = Address(url)
+        self._link: Link | None = None
+        self._opening = asyncio.Lock()
 
     @classmethod
     async def open(cls, url: str, *, timeout_s: float = 5.0) -> Self:
@@ -99,7 +86,7 @@ class Connection:
             await connection.close()
             raise StoreUnavailable(f"cannot reach Redis: {error}") from error
         except BaseException:
-            # a cancellation too must not leave the pool open
+            # a cancellation too must not leave the link open
             await connection.close()
             raise
         return connection
@@ -123,9 +110,10 @@ class Connection:
             pause = min(2 * pause, LONGEST_OPEN_PAUSE_S)
 
     async def close(self) -> None:
-        await self._pool.disconnect()
+        if self._link is not None:
+            await self._link.close()
 
-    async def call(self, function: str, lane: str, *args: bytes | str | int | float, generation: int = -1) -> Any:
+    async def call(self, function: str, lane: str, *args: Argument, generation: int = -1) -> Any:
         """Call a function of the library and repeat it while replies get lost, within twice the time-out.
 
         With `generation` the call is made only to the server process that the caller has met.
@@ -135,34 +123,32 @@ class Connection:
         """
         return await self._call(function, keys.tag(lane), args, generation)
 
-    async def write(self, key: str, command: str, *args: bytes | str | int | float) -> Any:
+    async def write(self, key: str, command: str, *args: Argument) -> Any:
         """SET, SADD or HSET of a key outside lanes; works when memory is full, so that workers can come back then."""
         return await self._call("write", key, (command, *args), -1)
 
-    async def run(self, *command: bytes | str | int | float) -> Any:
+    async def run(self, *command: Argument) -> Any:
         """A plain Redis command that may be repeated like a function: a read, or the removal of a key outside lanes."""
-        return await self._for_long(lambda: self._send(*command), -1)
+        return await self._for_long(lambda: self._send(*command))
 
     async def _call(self, function: str, key: str, args: Arguments, generation: int) -> Any:
         command = ("FCALL", f"fleet_{function}_{library()[1]}", 1, key, *args)
 
         async def attempt() -> Any:
             try:
-                return await self._send(*command)
+                return await self._send(*command, generation=generation)
             except StoreError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self._load()
-                return await self._send(*command)
+                return await self._send(*command, generation=generation)
 
-        return await self._for_long(attempt, generation)
+        return await self._for_long(attempt)
 
-    async def _for_long(self, attempt: Callable[[], Awaitable[Any]], generation: int) -> Any:
+    async def _for_long(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         limit = time.monotonic() + 2 * self.timeout_s
         pause = FIRST_PAUSE_S
         while True:
-            if generation not in (-1, self.generation):
-                raise UnknownIncarnation("the Redis server was replaced")
             try:
                 return await attempt()
             except AWAY as error:
@@ -172,21 +158,42 @@ class Connection:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _send(self, *command: bytes | str | int | float) -> Any:
-        task = asyncio.current_task()
-        num_cancels = task.cancelling() if task is not None else 0
+    async def _send(self, *command: Argument, generation: int = -1) -> Any:
         try:
-            reply = await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        except AWAY as error:
-            if isinstance(error.__cause__, redis.AuthenticationError):
-                raise StoreUnsupported(f"Redis refuses this user: {error}") from error
+            link = await self._connected()
+            if generation not in (-1, self.generation):
+                raise UnknownIncarnation("the Redis server was replaced")
+            return await link.call(*command)
+        except redis.AuthenticationError as error:
+            raise StoreUnsupported(f"Redis refuses this user: {error}") from error
+        except AWAY:
             raise
         except redis.ResponseError as error:
             raise meaning_of(error) from error
-        # wait_for of Python 3.11, which the client uses, forgets a cancellation that comes together with the reply
-        if task is not None and task.cancelling() > num_cancels:
-            raise asyncio.CancelledError
-        return reply
+
+    async def _connected(self) -> Link:
+        """The link that all calls share. Its loss is an error of the call that finds it, as if an answer were lost."""
+        if self._link is not None and self._link.loss is not None:
+            loss, self._link = str(self._link.loss), None
+            raise redis.ConnectionError(loss)
+        if self._link is None:
+            async with self._opening:
+                self._link = self._link or await self.open_link()
+        return self._link
+
+    async def open_link(self, on_push: OnPush | None = None) -> Link:
+        """A link of one's own: for what blocks, or for a subscription.
+
+        Raises:
+            redis.RedisError, TimeoutError, OSError: there is none, or the server is another process than before.
+        """
+        link = await self._address.connect(self.timeout_s, on_push)
+        try:
+            await self._check_identity(link)
+        except BaseException:
+            await link.close()
+            raise
+        return link
 
     async def _load(self) -> None:
         """Put our library on the server, unless it is there; never replace one that others may be calling."""
@@ -207,11 +214,9 @@ class Connection:
         if numbers and numbers < OLDEST_VERSION:
             raise StoreUnsupported(f"this is Redis {version}, but version 7.0 or newer is needed")
 
-    async def _on_connect(self, connection: AbstractConnection) -> None:
-        await connection.on_connect()
-        await connection.send_command("INFO", "server")
+    async def _check_identity(self, link: Link) -> None:
         try:
-            text = await connection.read_response()
+            text = await link.call("INFO", "server")
         except NoPermissionError:
             return
         run_id = info_field(text, "run_id")

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import redis
-from redis.asyncio.client import PubSub
 
 from common import keys, wire
 from common.background import end
 from common.errors import ConfigurationError, StoreUnavailable, WireError
 from common.job import JobState, TokenColumns
 from common.store.connection import AWAY, Connection
+from common.store.link import Link
 
 MAX_WAITING = 4096
-POLL_S = 1.0
 PING_AFTER_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
@@ -92,16 +91,17 @@ class Subscription:
         self._lanes = dict.fromkeys(lanes)
         self._queue: asyncio.Queue[Message] = asyncio.Queue(MAX_WAITING)
         self._confirmed: dict[bytes, asyncio.Event] = {}
-        self._pubsub: PubSub | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._link: Link | None = None
+        self._last_heard = 0.0
+        self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._reader = asyncio.create_task(self._read_for_ever())
+        self._keeper = asyncio.create_task(self._keep_for_ever())
         try:
             for lane in list(self._lanes):
                 await self._confirmation(lane)
         except BaseException:
-            # without __aenter__ there is no __aexit__, and a cancellation too must not leave the reader behind
+            # without __aenter__ there is no __aexit__, and a cancellation too must not leave the keeper behind
             await self._close()
             raise
         return self
@@ -110,8 +110,8 @@ class Subscription:
         await self._close()
 
     async def _close(self) -> None:
-        if self._reader is not None:
-            await end(self._reader)
+        if self._keeper is not None:
+            await end(self._keeper)
         await self._disconnect()
 
     def __aiter__(self) -> Self:
@@ -128,9 +128,9 @@ class Subscription:
         """
         if lane not in self._lanes:
             self._lanes[lane] = None
-            if self._pubsub is not None:
+            if self._link is not None:
                 with suppress(*AWAY):
-                    await self._pubsub.subscribe(keys.channel(lane, self._gateway))
+                    self._link.write("SUBSCRIBE", keys.channel(lane, self._gateway))
         await self._confirmation(lane)
 
     async def _confirmation(self, lane: str) -> None:
@@ -142,17 +142,18 @@ class Subscription:
     def _event(self, lane: str) -> asyncio.Event:
         return self._confirmed.setdefault(keys.channel(lane, self._gateway).encode(), asyncio.Event())
 
-    async def _read_for_ever(self) -> None:
+    async def _keep_for_ever(self) -> None:
         pause, is_first = FIRST_PAUSE_S, True
         while True:
             try:
                 await self._connect()
                 if not is_first:
-                    for lane in list(self._lanes):
-                        await self._await_subscribed(lane)
+                    async with asyncio.timeout(self._connection.timeout_s):
+                        for lane in list(self._lanes):
+                            await self._event(lane).wait()
                     await self._queue.put(Reconnected())
                 is_first, pause = False, FIRST_PAUSE_S
-                await self._read()
+                await self._watch()
             except (redis.RedisError, *AWAY) as error:
                 logger.warning("subscription lost: %s", error)
             await self._disconnect()
@@ -162,53 +163,49 @@ class Subscription:
     async def _connect(self) -> None:
         for event in self._confirmed.values():
             event.clear()
-        self._pubsub = self._connection.redis.pubsub()
+        link = await self._connection.open_link(self._on_push)
+        self._link, self._last_heard = link, time.monotonic()
         if self._lanes:
-            await self._pubsub.subscribe(*[keys.channel(lane, self._gateway) for lane in self._lanes])
+            link.write("SUBSCRIBE", *[keys.channel(lane, self._gateway) for lane in self._lanes])
 
-    async def _await_subscribed(self, lane: str) -> None:
-        """Read until the server confirmed `lane`; tokens that come in between are kept."""
-        limit = time.monotonic() + self._connection.timeout_s
-        while not self._event(lane).is_set():
-            if time.monotonic() > limit:
-                raise redis.TimeoutError("no confirmation of a subscription")
-            await self._read_one()
+    async def _watch(self) -> None:
+        """Until the connection is gone: a server that is silent is asked whether it is still there.
 
-    async def _read(self) -> None:
-        last_heard = time.monotonic()
-        while True:
-            if await self._read_one():
-                last_heard = time.monotonic()
-            silence = time.monotonic() - last_heard
+        Raises:
+            redis.RedisError: why it is gone.
+        """
+        link = self._link
+        assert link is not None, "connect first"
+        while link.loss is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PING_AFTER_S / 2):
+                    await link.gone()
+            silence = time.monotonic() - self._last_heard
             if silence > PING_AFTER_S + self._connection.timeout_s:
                 raise redis.ConnectionError("the subscription's connection is dead")
-            if silence > PING_AFTER_S and self._pubsub is not None and self._lanes:
-                await self._pubsub.ping()
+            if silence > PING_AFTER_S and link.loss is None:
+                link.write("PING")
+        raise link.loss
 
-    async def _read_one(self) -> bool:
-        """Wait up to POLL_S for one message and hand it on. False when none came."""
-        if self._pubsub is None or not self._lanes:
-            await asyncio.sleep(POLL_S / 10)
-            if self._pubsub is not None and self._lanes and not self._pubsub.subscribed:
-                await self._pubsub.subscribe(*[keys.channel(lane, self._gateway) for lane in self._lanes])
-            return True
-        message: dict[str, Any] | None = await self._pubsub.get_message(timeout=POLL_S)
-        if message is None:
-            return False
-        if message["type"] == "subscribe":
-            self._confirmed.setdefault(message["channel"], asyncio.Event()).set()
-        elif message["type"] == "message":
-            await self._hand_on(message["data"])
-        return True
+    def _on_push(self, reply: Any) -> None:
+        self._last_heard = time.monotonic()
+        match reply:
+            case [b"message", _, bytes(data)]:
+                self._hand_on(data)
+            case [b"subscribe", bytes(channel), _]:
+                self._confirmed.setdefault(channel, asyncio.Event()).set()
 
-    async def _hand_on(self, data: bytes) -> None:
+    def _hand_on(self, data: bytes) -> None:
         try:
-            await self._queue.put(decode_message(data))
+            self._queue.put_nowait(decode_message(data))
         except WireError as error:
             logger.warning("message dropped: %s", error)
+        except asyncio.QueueFull:
+            # what is lost is found in the logs after reconnecting
+            assert self._link is not None, "it is the one that brought this"
+            self._link.abort(redis.ConnectionError("more messages came than were taken"))
 
     async def _disconnect(self) -> None:
-        if self._pubsub is not None:
-            with suppress(*AWAY):
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-            self._pubsub = None
+        if self._link is not None:
+            await self._link.close()
+            self._link = None

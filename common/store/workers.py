@@ -8,9 +8,6 @@ import logging
 from typing import Any
 
 import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from common import keys, wire
 from common.errors import ConfigurationError, StepGap, StoreError, UnknownIncarnation
@@ -18,6 +15,7 @@ from common.job import Job, TokenColumns
 from common.store.connection import AWAY, Connection
 from common.store.fleet import FleetStore
 from common.store.jobs import CLASSES, PROTOCOL, protocol_of
+from common.store.link import Link
 from common.store.reaper import MAX_ATTEMPTS, recover, tails_of
 from common.store.replies import (
     AdapterEntry,
@@ -55,7 +53,7 @@ class WorkerStore:
         self._last_step = 0
         self._views: dict[str, bytes] = {}
         self._views_nonce = nonce
-        self._bell: redis.asyncio.Redis | None = None
+        self._bell: Link | None = None
 
     async def hello(self, info: dict[str, Any]) -> Hello:
         """Begin an incarnation and requeue what dead predecessors of this worker id held.
@@ -89,7 +87,7 @@ class WorkerStore:
     async def close(self) -> None:
         """Close the connection that `wait_for_work` keeps."""
         if self._bell is not None:
-            await self._bell.aclose()
+            await self._bell.close()
             self._bell = None
 
     async def take(self, max_jobs: int, request: int, *, max_suspects: int = 1) -> list[Taken]:
@@ -176,21 +174,15 @@ class WorkerStore:
 
         A lost ring costs one time-out: workers also look by themselves.
         """
-        if self._bell is None:
-            self._bell = self._open_bell()
         try:
-            async with asyncio.timeout(timeout_s + self.connection.timeout_s):
-                return await self._bell.blpop([keys.bell(self.lane)], timeout=timeout_s) is not None
+            if self._bell is None or self._bell.loss is not None:
+                self._bell = await self.connection.open_link()
+            limit_s = timeout_s + self.connection.timeout_s
+            return await self._bell.call("BLPOP", keys.bell(self.lane), timeout_s, timeout_s=limit_s) is not None
         except (redis.RedisError, *AWAY) as error:
             logger.debug("no doorbell: %s", error)
             await asyncio.sleep(min(timeout_s, 0.2))
             return False
-
-    def _open_bell(self) -> redis.asyncio.Redis:
-        client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            self.connection.url, max_connections=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
-        )
-        return client
 
     async def _call(self, function: str, *args: bytes | str | int | float) -> Any:
         if not self.incarnation:
