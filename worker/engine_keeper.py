@@ -139,8 +139,8 @@ class EngineKeeper:
             self._process.send(message)
 
     def commit(self, step: int, *, at_once: bool) -> None:
-        """Steps up to `step` are on Redis. The engine, which pauses when that is too far behind, is told now and then, as
-        each message costs it time; `at_once` when no step of it will bring the next occasion."""
+        """Steps up to `step` are on Redis. The engine, which pauses when that is too far behind, is told now and then,
+        as each message costs it time; `at_once` when no step of it will bring the next occasion."""
         if step != self._committed:
             self._committed = step
             self.rest()
