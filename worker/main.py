@@ -24,9 +24,19 @@ def run(settings: WorkerSettings, engine_command: Sequence[str] = REAL_ENGINE) -
         ConfigurationError: model, options or server cannot work; starting again would not help.
     """
     try:
-        return asyncio.run(_serve(settings, engine_command))
+        with asyncio.Runner(loop_factory=_event_loop) as runner:
+            return runner.run(_serve(settings, engine_command))
     except* ConfigurationError as group:
         raise _first(group) from None
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it exists, as in the gateway: a wake-up costs a third less."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def _first(group: BaseExceptionGroup[ConfigurationError]) -> ConfigurationError:
