@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from common.background import end
+from common.background import News, end
 from common.errors import NotFound, OffsetBeyondEnd, StoreError, Unavailable, WireError
 from common.job import Job, JobRecord, JobState, TokenColumns
 from common.keys import JOB_ID
@@ -129,8 +129,7 @@ class Follower:
         self._rewound_to: int | None = None
         self._told: Status | None = None
         self._is_done = False
-        self._has_news = False
-        self._waiter: asyncio.Future[bool] | None = None
+        self._news = News()
 
     @property
     def job_id(self) -> str:
@@ -155,9 +154,7 @@ class Follower:
         return self._shared.first_token_ms
 
     def wake(self) -> None:
-        self._has_news = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(True)
+        self._news.set()
 
     def rewind(self, end: int) -> None:
         if self.offset > end:
@@ -170,7 +167,7 @@ class Follower:
         if self._is_done:
             return None
         while True:
-            self._has_news = False
+            self._news.clear()
             event = self._at_hand()
             if event is None and self.offset < self._shared.end:
                 event = await self._from_log()
@@ -191,7 +188,7 @@ class Follower:
         limit = None if timeout_s is None else self._hub.clock() + timeout_s
         while self._shared.final is None and not self._hub.is_stopping:
             rest = None if limit is None else limit - self._hub.clock()
-            self._has_news = False
+            self._news.clear()
             if (rest is not None and rest <= 0) or not await self._wait(rest):
                 break
         return self._shared.final
@@ -260,8 +257,8 @@ class Follower:
 
     async def arrived(self, timeout_s: float) -> None:
         """Wait until something happened to the job, or `timeout_s` seconds."""
-        self._has_news = False
-        await self._news_within(timeout_s)
+        self._news.clear()
+        await self._news.within(timeout_s)
 
     async def _wait(self, timeout_s: float | None) -> bool:
         """False after `timeout_s`. One that is behind the ring only waits for Redis, and tries again by itself."""
@@ -269,28 +266,7 @@ class Follower:
         limit = LONGEST_PAUSE_S if is_behind else timeout_s
         if self._shared.final is not None and not is_behind:
             return True
-        return await self._news_within(limit) or is_behind
-
-    async def _news_within(self, timeout_s: float | None) -> bool:
-        """Whether somebody has called `wake` since the last look, or does within the time. A bare future, as this
-        happens with every write to every client."""
-        if self._has_news:
-            return True
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[bool] = loop.create_future()
-        self._waiter = waiter
-        timer = None if timeout_s is None else loop.call_later(timeout_s, _give_up, waiter)
-        try:
-            return await waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-
-def _give_up(waiter: asyncio.Future[bool]) -> None:
-    if not waiter.done():
-        waiter.set_result(False)
+        return await self._news.within(limit) or is_behind
 
 
 class Hub:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from common import wire
+from common.background import News
 from common.card import ModelCard
 from common.errors import (
     ConfigurationError,
@@ -113,7 +114,7 @@ class Agent:
         self._last_engine_step = 0.0
         self._starting: set[str] = set()
         self._is_loaded, self._is_serving, self._is_over = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._news, self._room_changed = asyncio.Event(), asyncio.Event()
+        self._news, self._room_changed = News(), asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +246,7 @@ class Agent:
         self._last_engine_step = self._clock()
         self._num_tokens += sum(len(run.ids) for run in step.runs)
         self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
-        self.metrics.engine(step.stats)
+        self.metrics.engine_stats = step.stats
         self._jobs.on_step(step)
         self._news.set()
         self._room_changed.set()
@@ -375,12 +376,10 @@ class Agent:
             return
         self._news.clear()
         if not self._jobs.outbox.has_news and not self._has_business:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._until_beat())
+            await self._news.within(self._until_beat())
         while not self._jobs.outbox.is_urgent and (rest := self._until_due) > 0:
             self._news.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), rest)
+            await self._news.within(rest)
 
     @property
     def _has_business(self) -> bool:

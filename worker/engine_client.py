@@ -7,10 +7,13 @@ import json
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import cast
 
 from common import wire
+from common.background import News
 from common.errors import WireError
 from common.settings import WorkerSettings
 from worker.pipe import HEADER, Message, decode, encode
@@ -51,13 +54,48 @@ def settings_json(settings: WorkerSettings, model_folder: str) -> str:
     return json.dumps(fields | {"model_id": model_folder})
 
 
+class Pipe(asyncio.Protocol):
+    """Our end of the socket: cuts what comes into messages. One that is none ends it, as does the engine's end."""
+
+    def __init__(self) -> None:
+        self.bodies: deque[bytes] = deque()
+        self.error: WireError | None = None
+        self.is_over = False
+        self.gone = asyncio.Event()
+        self.news = News()
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # not every event loop's transports are instances of it
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        data, start = self._rest + data, 0
+        while len(data) - start >= HEADER.size:
+            (size,) = HEADER.unpack_from(data, start)
+            if size > wire.MAX_BYTES:
+                self.error = WireError(f"an engine message of {size} bytes exceeds the limit of {wire.MAX_BYTES}")
+                self.transport.abort()
+                return
+            end = start + HEADER.size + size
+            if end > len(data):
+                break
+            self.bodies.append(data[start + HEADER.size : end])
+            start = end
+        self._rest = data[start:]
+        self.news.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_over = True
+        self.news.set()
+        self.gone.set()
+
+
 class EngineProcess:
     """A running engine. `receive` ends with None when it is gone."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+    def __init__(self, process: asyncio.subprocess.Process, pipe: Pipe) -> None:
+        self._process, self._pipe = process, pipe
 
     @classmethod
     async def start(cls, command: Sequence[str], settings: str, environment: dict[str, str]) -> EngineProcess:
@@ -78,8 +116,8 @@ class EngineProcess:
                 env=os.environ | environment,
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(process, reader, writer)
+        _, pipe = await asyncio.get_running_loop().create_unix_connection(Pipe, sock=ours)
+        return cls(process, pipe)
 
     @property
     def pid(self) -> int:
@@ -87,8 +125,8 @@ class EngineProcess:
 
     def send(self, message: Message) -> None:
         """Queue a message; one to an engine that died is lost, as its death says itself through `receive`."""
-        if not self._writer.is_closing():
-            self._writer.write(encode(message))
+        if not self._pipe.transport.is_closing():
+            self._pipe.transport.write(encode(message))
 
     async def receive(self) -> Message | None:
         """The next message, None at the end of the pipe.
@@ -96,13 +134,15 @@ class EngineProcess:
         Raises:
             WireError: if the engine sends what is no message.
         """
-        try:
-            (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-            if size > wire.MAX_BYTES:
-                raise WireError(f"an engine message of {size} bytes exceeds the limit of {wire.MAX_BYTES}")
-            return decode(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+        pipe = self._pipe
+        while not pipe.bodies:
+            if pipe.error is not None:
+                raise pipe.error
+            if pipe.is_over:
+                return None
+            pipe.news.clear()
+            await pipe.news.within(None)
+        return decode(pipe.bodies.popleft())
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -110,9 +150,8 @@ class EngineProcess:
 
     async def close(self) -> int:
         """Close the pipe, give the process a moment to leave by itself, and reap it; its exit status."""
-        self._writer.close()
-        with suppress(ConnectionError):
-            await self._writer.wait_closed()
+        self._pipe.transport.close()
+        await self._pipe.gone.wait()
         try:
             return await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
         except TimeoutError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.job import FinishReason, Job, JobState, TokenColumns
 from common.store.replies import Control, StepReply, Taken
@@ -17,6 +18,8 @@ KEEP_CLOSED_S = 10.0
 MAX_CLOSED = 4096
 CANCELLED = {"cancel": JobState.CANCELLED, "expire": JobState.EXPIRED}
 CANCEL_REASONS = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
+
+Given = TypeVar("Given")
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +110,7 @@ class HeldJobs:
         if ordered is not None:
             self._end(held, JobEnd(state=ordered))
         else:
-            self._guarded(held, lambda: self._submit(held, logged))
+            self._guarded(held, self._submit, logged)
 
     def _submit(self, held: Held, logged: TokenColumns) -> None:
         job = held.job
@@ -134,8 +137,8 @@ class HeldJobs:
         """Bring the tokens of one engine step into the outbox."""
         for run in step.runs:
             held = self._held.get(run.request_id)
-            if held is not None and held.epoch == run.epoch and not held.is_ended:
-                self._guarded(held, lambda held=held, run=run: self._on_run(held, run))  # type: ignore[misc]
+            if held is not None and held.epoch == run.epoch and held.end is None:
+                self._guarded(held, self._on_run, run)
         if step.runs:
             self.outbox.engine_step = step.step
 
@@ -150,9 +153,9 @@ class HeldJobs:
                 self._send(Abort([held.job.job_id]))
             self._end(held, JobEnd(state=JobState.COMPLETED, finish_reason=released.finish_reason))
 
-    def _guarded(self, held: Held, action: Callable[[], None]) -> None:
+    def _guarded(self, held: Held, action: Callable[[Held, Given], None], given: Given) -> None:
         try:
-            action()
+            action(held, given)
         except Exception as error:
             # The one place where a failure becomes a failed job: whatever is wrong with it must not end the others.
             logger.exception("job %s failed in the text stage", held.job.job_id)

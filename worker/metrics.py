@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -26,7 +27,7 @@ ENGINE_TOTALS = (
 
 
 class WorkerMetrics:
-    """Counters start at zero with the agent; those of the engine with the engine."""
+    """Counters start at zero with the agent; those of the engine with the engine, as `engine_stats` has them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -47,10 +48,10 @@ class WorkerMetrics:
             buckets=CALL_BUCKETS,
             registry=self.registry,
         )
-        self._engine = {
-            name: Gauge(f"inferfleet_engine_{name}", f"Engine: {name}", registry=self.registry)
-            for name in (*ENGINE_GAUGES, *ENGINE_TOTALS)
-        }
+        self.engine_stats: Mapping[str, float] = {}
+        for name in (*ENGINE_GAUGES, *ENGINE_TOTALS):
+            gauge = Gauge(f"inferfleet_engine_{name}", f"Engine: {name}", registry=self.registry)
+            gauge.set_function(partial(self._engine_stat, name))
 
     def serve(self, port: int) -> None:
         """Answer on 127.0.0.1:`port`.
@@ -64,7 +65,5 @@ class WorkerMetrics:
         self._jobs.labels(state.value, reason.value if reason else "").inc()
         self._tokens.inc(num_tokens)
 
-    def engine(self, stats: Mapping[str, float]) -> None:
-        for name, gauge in self._engine.items():
-            if name in stats:
-                gauge.set(stats[name])
+    def _engine_stat(self, name: str) -> float:
+        return self.engine_stats.get(name, 0.0)

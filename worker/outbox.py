@@ -185,7 +185,8 @@ class Outbox:
             if job.first_step is None and job.pending.ids:
                 job.first_step = step
         flushed = {job.job_id: wire.encode_columns(job.pending) for job in jobs if self._is_due(job, step)}
-        runs = [(job.job_id, job.fresh) for job in jobs if job.framed_end < job.pending.end]
+        fresh = {job.job_id: job.fresh for job in jobs}
+        runs = [(job_id, columns) for job_id, columns in fresh.items() if columns.ids]
         frame = wire.encode_frame(runs) if runs else b""
         ends = [job for job in jobs if job.end is not None]
         call = StepCall(
@@ -194,7 +195,7 @@ class Outbox:
             min_step=min((j.first_step for j in self._jobs.values() if j.first_step is not None), default=step),
             frame=frame,
             control_cursor=self._cursor,
-            gateway_frames=self._gateway_frames(jobs, runs, frame),
+            gateway_frames=self._gateway_frames(jobs, fresh, len(runs), frame),
             chunks=[_chunk(job, flushed[job.job_id]) for job in jobs if job.job_id in flushed and job.end is None],
             finishes=[_finish(job, flushed.get(job.job_id, b"")) for job in ends],
             stats=stats,
@@ -212,18 +213,20 @@ class Outbox:
         return is_old or job.end is not None or len(job.pending.ids) >= CHUNK_TOKENS
 
     @staticmethod
-    def _gateway_frames(jobs: list[Outgoing], runs: list[tuple[str, TokenColumns]], frame: bytes) -> dict[str, bytes]:
+    def _gateway_frames(
+        jobs: list[Outgoing], fresh: dict[str, TokenColumns], num_runs: int, frame: bytes
+    ) -> dict[str, bytes]:
         parts: dict[str, list[tuple[str, TokenColumns]]] = {}
         num_plain: dict[str, int] = {}
         for job in jobs:
             for gateway in sorted(job.gateways):
                 is_new = gateway in job.newcomers
-                columns = job.pending if is_new else job.fresh
+                columns = job.pending if is_new else fresh[job.job_id]
                 if columns.ids:
                     parts.setdefault(gateway, []).append((job.job_id, columns))
                     num_plain[gateway] = num_plain.get(gateway, 0) + (not is_new)
         return {
-            gateway: frame if num_plain[gateway] == len(part) == len(runs) else wire.encode_frame(part)
+            gateway: frame if num_plain[gateway] == len(part) == num_runs else wire.encode_frame(part)
             for gateway, part in parts.items()
         }
 

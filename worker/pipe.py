@@ -110,7 +110,7 @@ class Ready:
     decoder_start_id: int | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class TokenRun:
     """New tokens of one request in one step. `top_tokens`: per token a list of (id, logprob), empty when not asked.
 
@@ -198,11 +198,16 @@ def read_message(stream: BinaryIO) -> Message | None:
 
 
 def _step_fields(step: Step) -> dict[str, Any]:
-    """What `asdict` makes, at a tenth of its time: this runs in every engine step."""
-    runs = [{name: getattr(run, name) for name in TokenRun.__slots__} for run in step.runs]
-    return {"step": step.step, "runs": runs, "stats": step.stats}
+    """Runs as bare values in the order of their fields: this happens in every engine step, for every request."""
+    return {"step": step.step, "runs": [_values(run) for run in step.runs], "stats": step.stats}
 
 
-def _run(fields: dict[str, Any]) -> TokenRun:
-    tops = [[(int(token), float(logprob)) for token, logprob in row] for row in fields["top_tokens"]]
-    return TokenRun(**fields | {"top_tokens": tops})
+def _values(run: TokenRun) -> tuple[Any, ...]:
+    return run.request_id, run.epoch, run.ids, run.logprobs, run.top_tokens, run.finish, run.error
+
+
+def _run(values: list[Any]) -> TokenRun:
+    run = TokenRun(*values)
+    if run.top_tokens:
+        run.top_tokens = [[(int(token), float(logprob)) for token, logprob in row] for row in run.top_tokens]
+    return run

@@ -49,6 +49,7 @@ class TextStage:
     ) -> None:
         self._top_texts, self._params = top_texts, params
         self._pending: list[tuple[int, float, list[TopToken]]] = []
+        self._is_plain = not params.stop and not params.num_top_logprobs
         logged = logged or TokenColumns(0, [], [], [])
         self._next = logged.end
         self._checked = logged.end
@@ -81,6 +82,8 @@ class TextStage:
 
     def push(self, run: TokenRun) -> Released:
         """Take the tokens of one engine step; what may be shown now. Nothing more comes after a finish."""
+        if self._is_plain and not run.finish and not self._pending and len(run.ids) == 1:
+            return Released(self._plain_columns(run))
         released: list[str] = []
         reason: FinishReason | None = None
         for index, token_id in enumerate(run.ids):
@@ -94,6 +97,16 @@ class TextStage:
             reason = reason or _engine_reason(run.finish)
         self.is_finished = reason is not None or run.finish == "error"
         return Released(self._columns(released), reason)
+
+    def _plain_columns(self, run: TokenRun) -> TokenColumns:
+        """The usual case: one token which waits for nothing, or nothing but its own last bytes."""
+        pieces = self._detokenizer.push(run.ids[0])
+        self._checked += len(pieces)
+        if not pieces:
+            self._append(run, 0)
+            return TokenColumns(self._next, [], [], [])
+        self._next += 1
+        return TokenColumns(self._next - 1, run.ids, pieces, run.logprobs)
 
     def _append(self, run: TokenRun, index: int) -> None:
         tops = self._top_texts.row(run.top_tokens[index]) if index < len(run.top_tokens) else []

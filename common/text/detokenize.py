@@ -40,11 +40,21 @@ class Detokenizer:
         self._ends.clear()
         self._done = 0
 
+    def _push_plain(self, token_id: int) -> list[str] | None:
+        """What `push` does with a token that follows whole ones and is whole itself; None: it is not."""
+        text = self._decoder.decode([*self._window, token_id], False)[self._skip :]
+        if text.endswith(REPLACEMENT):
+            return None
+        self._restart([token_id])
+        return [text]
+
     def _decode(self) -> str:
         return self._decoder.decode(self._window, False)
 
     def push(self, token_id: int) -> list[str]:
         """Add one token; the pieces of the tokens that are complete now, oldest first (often just this one)."""
+        if 0 < self._num_context == len(self._window) and (pieces := self._push_plain(token_id)) is not None:
+            return pieces
         self._window.append(token_id)
         text = self._decode()[self._skip :]
         is_open = text.endswith(REPLACEMENT)
