@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import msgpack
@@ -41,8 +40,14 @@ def _checked(data: bytes, kind: str) -> Any:
     return value[2]
 
 
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass with slots. Unlike those of `asdict` they are not copied one by one, ids of prompts
+    among them."""
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
 def params_of(fields: dict[str, Any]) -> SamplingParams:
-    """Sampling parameters out of the plain values that `asdict` makes of them.
+    """Sampling parameters out of their fields as plain values.
 
     Raises:
         KeyError, TypeError, ValueError: if they are something else.
@@ -59,7 +64,7 @@ def params_of(fields: dict[str, Any]) -> SamplingParams:
 
 
 def adapter_of(fields: dict[str, Any] | None) -> Adapter | None:
-    """An adapter out of the plain values that `asdict` makes of it.
+    """An adapter out of its fields as plain values.
 
     Raises:
         TypeError: if they are something else.
@@ -72,10 +77,10 @@ def encode_job(job: Job) -> bytes:
 
     Without an adapter it is what workers read that know of none.
     """
-    fields = asdict(job)
-    del fields["view"]
-    if job.adapter is None:
-        del fields["adapter"]
+    fields = fields_of(job) | {"params": fields_of(job.params)}
+    del fields["view"], fields["adapter"]
+    if job.adapter is not None:
+        fields["adapter"] = fields_of(job.adapter)
     return pack([VERSION, "job", fields])
 
 

@@ -11,7 +11,7 @@ agent -> engine                                 engine -> agent
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from common import wire
@@ -157,7 +157,13 @@ KINDS: dict[str, type[Any]] = {
 
 def encode(message: Message) -> bytes:
     """One framed message: 4 bytes of little-endian length, then msgpack [kind, fields]."""
-    fields = _step_fields(message) if isinstance(message, Step) else asdict(message)
+    fields = wire.fields_of(message)
+    if isinstance(message, Step):
+        # this happens in every engine step, for every request
+        fields["runs"] = [_values(run) for run in message.runs]
+    elif isinstance(message, Submit):
+        fields["params"] = wire.fields_of(message.params)
+        fields["adapter"] = None if message.adapter is None else wire.fields_of(message.adapter)
     body = wire.pack([type(message).__name__, fields])
     return HEADER.pack(len(body)) + body
 
@@ -195,11 +201,6 @@ def read_message(stream: BinaryIO) -> Message | None:
         raise WireError(f"an engine message of {size} bytes exceeds the limit of {wire.MAX_BYTES}")
     body = stream.read(size)
     return decode(body) if len(body) == size else None
-
-
-def _step_fields(step: Step) -> dict[str, Any]:
-    """Runs as bare values in the order of their fields: this happens in every engine step, for every request."""
-    return {"step": step.step, "runs": [_values(run) for run in step.runs], "stats": step.stats}
 
 
 def _values(run: TokenRun) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import random
 import secrets
 from typing import Any
@@ -16,8 +17,7 @@ from common.store.fleet import loading_workers
 from common.store.frames import Subscription
 from common.store.replies import Submission, integer, stream_entries, string
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
-NUM_RANDOM_CHARACTERS = 22
+NUM_RANDOM_CHARACTERS, NUM_RANDOM_BYTES = 22, 14
 PROTOCOL, WITHOUT_ADAPTERS = 2, 1
 """Version of the worker protocol that our workers speak, and the one before."""
 MAX_LOG_ENTRIES = 4096
@@ -28,7 +28,7 @@ CLASSES = {Priority.INTERACTIVE: DispatchClass.INTERACTIVE, Priority.BATCH: Disp
 
 def new_job_id(lane: str) -> str:
     """lane + 22 random characters of [a-z2-7] (110 bits)."""
-    return lane + "".join(secrets.choice(ALPHABET) for _ in range(NUM_RANDOM_CHARACTERS))
+    return lane + base64.b32encode(secrets.token_bytes(NUM_RANDOM_BYTES)).decode().lower()[:NUM_RANDOM_CHARACTERS]
 
 
 lane_of_job = keys.lane_of_job

@@ -17,7 +17,7 @@ from common.job import JobState, TokenColumns
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
 from common.store.frames import decode_message
-from common.store.jobs import ALPHABET, JobStore
+from common.store.jobs import JobStore
 from common.store.reaper import recover
 from common.store.replies import Chunk, Finish, StepCall, Taken
 from common.store.workers import WorkerStore
@@ -121,7 +121,7 @@ class Fleet:
         for _ in range(3):
             await self.start_worker()
         for _ in range(NUM_JOBS):
-            job = make_job(job_id=LANE + "".join(self.chance.choices(ALPHABET, k=22)))
+            job = make_job(job_id=LANE + "".join(self.chance.choices("abcdefghijklmnopqrstuvwxyz234567", k=22)))
             await submit(self.jobs, job, gateway=GATEWAY)
             self.ids.append(job.job_id)
         for _ in range(NUM_MOVES):
