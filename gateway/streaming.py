@@ -142,19 +142,21 @@ class EventStream(Response):
         is_over = False
         while not is_over:
             event = await self.follower.next(self.keep_alive_s)
-            events = [] if event is None else [event, *self.follower.ready()]
-            data = COMMENT if event is None else await self._encode(events)
-            is_over = any(is_last(self.renderer, one) for one in events)
+            data, is_over = (COMMENT, False) if event is None else await self._encode(event)
             if data or is_over:
                 await _write(send, data, more=not is_over)
 
-    async def _encode(self, events: list[Event]) -> bytes:
+    async def _encode(self, first: Event) -> tuple[bytes, bool]:
+        """This event and all that are ready behind it, and whether the stream ends with them."""
         parts: list[bytes] = []
-        for event in events:
+        for event in (first, *self.follower.ready()):
+            if isinstance(event, Tokens):
+                parts += map(encode_event, self.renderer.tokens(event.columns))
+                continue
             parts += map(encode_event, await render(self.renderer, self.follower, event))
             if is_last(self.renderer, event):
-                break
-        return b"".join(parts)
+                return b"".join(parts), True
+        return b"".join(parts), False
 
 
 async def _write(send: Send, data: bytes, *, more: bool = True) -> None:

@@ -113,15 +113,16 @@ class Call:
         return record, columns
 
 
-async def open_call(
-    request: Request,
-    services: Annotated[Services, Depends(services)],
-    tenant: Annotated[str, Depends(tenant_of)],
-    body: Annotated[dict[str, Any], Depends(json_body)],
-) -> AsyncIterator[Call]:
-    """Dependency of generating routes. The place among the open requests is held until the last byte of the answer."""
-    with services.admission.slot():
-        yield Call(request, services, tenant, body, await request.body(), time.monotonic())
+async def open_call(request: Request) -> AsyncIterator[Call]:
+    """Dependency of generating routes. The place among the open requests is held until the last byte of the answer.
+
+    What it depends on itself is called here: through FastAPI that takes longer than all of it does.
+    """
+    found = await services(request)
+    tenant = await tenant_of(request, found)
+    body = await json_body(request)
+    with found.admission.slot():
+        yield Call(request, found, tenant, body, await request.body(), time.monotonic())
 
 
 OpenCall = Annotated[Call, Depends(open_call)]
