@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from common.settings import WorkerSettings
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
-from worker.pipe import AdapterChecked, Commit, Message, Step, Submit, TokenRun
+from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, TokenRun
 from worker.runner.load import load_device
+from worker.runner.torch_device import TorchDevice
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`decode_s` begins when every request has its first token. `num_tokens` counts those of outputs."""
+    """`decode_s` begins when every request has its first token. `outputs` are by request, and `num_tokens` counts those
+    of all; `num_drafts` were guessed ahead, of which `num_accepted` were right."""
 
     seconds: float
     decode_s: float
     num_tokens: int
     num_decoded: int
     largest_batch: int
+    num_drafts: int
+    num_accepted: int
+    outputs: dict[str, list[int]]
 
 
 class OfflineEngine:
-    def __init__(self, settings: WorkerSettings) -> None:
-        self.device, self.ready = load_device(settings, lambda phase, done, total: None)
+    """Around a device of its own, or one that was `loaded` before, which others may use between runs."""
+
+    def __init__(self, settings: WorkerSettings, loaded: tuple[TorchDevice, Ready] | None = None) -> None:
+        self.device, self.ready = loaded or load_device(settings, lambda phase, done, total: None)
         self._inbox: Inbox = SimpleQueue()
         limits = limits_of(
             self.ready,
@@ -62,18 +69,23 @@ class OfflineEngine:
         """
         self._outputs = {submit.request_id: [] for submit in submits}
         self._num_running, self._all_started_at = len(submits), 0.0
+        before = replace(self._loop.scheduler.stats)
         started = time.perf_counter()
         for submit in submits:
             self.send(submit)
         while self._num_running:
             self._take(self.turn())
         ended, counts = time.perf_counter(), [len(ids) for ids in self._outputs.values()]
+        stats = self._loop.scheduler.stats
         return Run(
             seconds=ended - started,
             decode_s=ended - self._all_started_at,
             num_tokens=sum(counts),
             num_decoded=sum(counts) - self._num_at_start,
-            largest_batch=int(self._loop.scheduler.stats.batch_max),
+            largest_batch=stats.batch_max,
+            num_drafts=stats.draft_tokens - before.draft_tokens,
+            num_accepted=stats.accepted_tokens - before.accepted_tokens,
+            outputs=self._outputs,
         )
 
     def _note(self, step: Step | AdapterChecked) -> None:
