@@ -155,16 +155,20 @@ def repeat_rate(script: Script) -> float:
 
 @contextmanager
 def following(script: Script, engine: OfflineEngine) -> Iterator[None]:
-    """The engine's model with emphasis on the script's next token, at every position."""
+    """The engine's model with emphasis on the script's next token behind the script's own, on another one behind any
+    other: what goes astray stays astray."""
     import torch
 
     model: Any = engine.device.model
-    next_ids = torch.tensor([*script.prompt, *script.output])
+    script_ids = torch.tensor([*script.prompt, *script.output])
     forward = model.forward
 
     def emphasised(tokens: Any, positions: Any, batch: Any, pages: Any, wanted: Any) -> Any:
         logits = forward(tokens, positions, batch, pages, wanted)
-        logits[torch.arange(len(wanted)), next_ids[positions[wanted] + 1]] += EMPHASIS
+        places = positions[wanted]
+        is_astray = tokens[wanted] != script_ids[places]
+        following_ids = (script_ids[places + 1] + is_astray) % logits.shape[1]
+        logits[torch.arange(len(wanted)), following_ids] += EMPHASIS
         return logits
 
     model.forward = emphasised

@@ -82,18 +82,21 @@ class Chances:
 
 
 class Lookup:
-    """Where one request's last tokens stood before. `tokens` are the request's own, and grow as they do there.
+    """Where one request's last tokens stood before: `tokens` are the request's own, and grow as they do there, behind
+    what an encoder read.
 
     A token takes the same time however many there are: `_ends` knows of every two and four tokens in a row the place
     behind their last occurrence. `_source` is the place whose token is the guess, `_match` how many tokens agree.
     """
 
-    def __init__(self, tokens: array[int], of_all: Chances) -> None:
+    def __init__(self, tokens: array[int], of_all: Chances, encoder_ids: Sequence[int] = ()) -> None:
         self._tokens = tokens
         self._chances = Chances(DECAY_OF_ONE, of_all)
         self._ends: dict[tuple[int, ...], int] = {}
         # the last one is left, so that a guess is looked for behind it
-        self._num_read = self._read_at_once(max(len(tokens) - 1, 0))
+        self._num_read = max(len(tokens) - 1, 0)
+        self._text = array("i", [*encoder_ids, *tokens[: self._num_read]])
+        self._note_all()
         self._source, self._match = NOWHERE, 0
 
     def chances(self, count: int) -> list[float]:
@@ -111,29 +114,32 @@ class Lookup:
 
     def drafts(self, count: int) -> list[int]:
         """The next guesses. A text that repeats itself goes on repeating itself beyond what there is of it."""
-        period = len(self._tokens) - self._source
-        return [self._tokens[self._source + place % period] for place in range(count)]
+        period = len(self._text) - self._source
+        return [self._text[self._source + place % period] for place in range(count)]
 
-    def _read_at_once(self, end: int) -> int:
+    def _note_all(self) -> None:
+        """All of the text so far at once."""
+        end = len(self._text)
         first = max(end - MAX_INDEXED_TOKENS, 0)
-        tokens = self._tokens[first:end].tolist()
+        ids = self._text[first:].tolist()
         for size in GRAM_SIZES:
-            grams = zip(*(tokens[offset:] for offset in range(size)), strict=False)
-            self._ends.update(zip(grams, range(first + size, end + 1), strict=True))
-        return end
+            grams = zip(*(ids[offset:] for offset in range(size)), strict=False)
+            self._ends.update(zip(grams, range(first + size, end + 1), strict=False))
 
     def _read(self) -> None:
-        for place in range(self._num_read, len(self._tokens)):
-            self._follow(self._tokens[place])
-            grams = [tuple(self._tokens[place + 1 - size : place + 1]) for size in GRAM_SIZES if size <= place + 1]
-            self._find_longer(grams, place + 1)
-            self._ends.update(dict.fromkeys(grams, place + 1))
+        for token in self._tokens[self._num_read :]:
+            self._follow(token)
+            self._text.append(token)
+            end = len(self._text)
+            grams = [tuple(self._text[end - size :]) for size in GRAM_SIZES if size <= end]
+            self._find_longer(grams, end)
+            self._ends.update(dict.fromkeys(grams, end))
         self._num_read = len(self._tokens)
 
     def _follow(self, token: int) -> None:
         if self._source == NOWHERE:
             return
-        is_right = self._tokens[self._source] == token
+        is_right = self._text[self._source] == token
         self._chances.note(self._match, is_right)
         self._source, self._match = (self._source + 1, self._match + 1) if is_right else (NOWHERE, 0)
 
@@ -148,8 +154,8 @@ class Lookup:
 
     def _agreeing(self, one: int, other: int) -> int:
         """How many tokens before both places agree, as far as it matters."""
-        tokens, limit = self._tokens, min(one, MAX_MATCH)
-        return next((n for n in range(limit) if tokens[one - 1 - n] != tokens[other - 1 - n]), limit)
+        text, limit = self._text, min(one, MAX_MATCH)
+        return next((n for n in range(limit) if text[one - 1 - n] != text[other - 1 - n]), limit)
 
 
 class StepTimes:
@@ -190,7 +196,8 @@ class Speculator:
         guesses: list[tuple[float, str]] = []
         lookups: dict[str, Lookup] = {}
         for request, count in self._guessable(requests):
-            lookup = request.lookup = request.lookup or Lookup(request.tokens, self._chances)
+            lookup = request.lookup or Lookup(request.tokens, self._chances, request.encoder_ids)
+            request.lookup = lookup
             lookups[request.request_id] = lookup
             guesses += [(-chance, request.request_id) for chance in lookup.chances(count)]
         # no guess is likelier than those before it, so the likeliest of all are the first ones of each request

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.guesser import Guesser
 from tests.worker.engine.fake_device import DeviceMisuse, FakeDevice, Oracle, Row
-from tests.worker.engine.harness import Harness, encoder_limits, limits, random_traffic, submit
+from tests.worker.engine.harness import START, Harness, encoder_limits, limits, random_traffic, submit
 from tests.worker.engine.test_scheduler import Bench, result_of
 from worker.engine import scheduler as scheduler_module
 from worker.engine.device import StepResult
@@ -98,6 +98,16 @@ def test_a_prompt_read_at_once_is_known_like_one_that_grew() -> None:
     at_once, grown = lookup_of(text), lookup_of("", text)
     assert guess(at_once, 8) == guess(grown, 8) != ""
     assert at_once._ends == grown._ends
+
+
+def test_what_the_encoder_read_is_looked_through_too() -> None:
+    bench = Bench(has_encoder=True, max_drafts=4)
+    bench.add("a", [10, 11, 12, 13, 14, 15], output=[11, 12], max_new_tokens=20)
+    bench.step()
+    request = bench.scheduler.requests["a"]
+    request.tokens[-1] = 13
+    timed(bench.scheduler.speculator, 1, {0: 1.0, 1: 1.0, 2: 1.0, 4: 1.0})
+    assert bench.scheduler.speculator.drafts([request]) == {"a": [14, 15, START, 11]}
 
 
 def test_of_an_endless_prompt_the_end_is_known() -> None:
