@@ -9,7 +9,7 @@ request has its first token. Answers must be the same.
 - A Llama of 125 million parameters with random weights in bfloat16 computes every logit, and 20 is added to that of the
   next token of a script: random tokens that are repeated with an edit in 24 tokens on average, ordinary prose (pages of
   this project), or random tokens that never come again.
-- A small model that was trained to edit text edits pieces that it never saw, in float32; `--editor` keeps it.
+- A small model that was trained to edit text edits pieces that it never saw, in bfloat16; `--editor` keeps it.
 
 `--short` is a dry run of seconds on tiny models.
 """
@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +241,7 @@ def of_editor(folder: Path, sizes: Sizes, lesson: Lesson, drafts: int, rounds: i
 
     if not (folder / "config.json").exists():
         train_editor(folder, lesson)
-    pair = engines(folder, drafts, dtype="float32", threads=sizes.threads)
+    pair = engines(folder, drafts, dtype="bfloat16", threads=sizes.threads)
     texts = Texts(lesson.num_bytes, seed=11)
     pieces = [texts.held_out() for _ in range(sizes.num_edits)]
     rate = statistics.mean(repeat_rate(Script(question(piece), answer(piece))) for piece in pieces)
@@ -252,6 +252,11 @@ def of_editor(folder: Path, sizes: Sizes, lesson: Lesson, drafts: int, rounds: i
         found = [pair[0].run(batch).outputs["edit"] for batch in batches]
         result.num_right = sum(ids == answer(piece) for ids, piece in zip(found, pieces, strict=True))
         yield result
+
+
+def table_of_file(found: dict[str, Any]) -> str:
+    names = {each.name for each in fields(Result)}
+    return table([Result(**{name: row[name] for name in row if name in names}) for row in found["workloads"]])
 
 
 def table(results: Sequence[Result]) -> str:
