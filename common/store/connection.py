@@ -191,6 +191,7 @@ class Connection:
         try:
             await self._check_identity(link)
         except BaseException:
+            # a cancellation too must not leave the link open
             await link.close()
             raise
         return link

@@ -149,6 +149,7 @@ class Address:
                 await self._open(link)
                 await self._introduce(link)
         except BaseException:
+            # a cancellation too must not leave the socket open
             await link.close()
             raise
         return link

@@ -10,28 +10,26 @@ from common.job import SamplingParams
 from ops.bench.offline import OfflineEngine
 from ops.loadgen.answer import Answer
 from ops.loadgen.result import LoadResult
-from ops.loadgen.run import SHOW_EVERY_S, OnProgress
-from ops.loadgen.workload import Ask, Supply, Workload, arrival_times
+from ops.loadgen.run import SHOW_EVERY_S, OnProgress, Running
+from ops.loadgen.workload import Ask, Workload, arrival_times
 from worker.pipe import Submit, TokenRun
 
 SHORTEST_SLEEP_S = 1e-5
 """Differences of moments are rounded: what is due in no time is never quite due."""
 
 
-class OfflineLoad:
+class OfflineLoad(Running):
     """One run of a workload whose prompts are token ids. Answers have full length, since no token ends them.
 
     Tokens arrive when the engine has them; a request that comes while a step runs is taken after it.
     """
 
     def __init__(self, engine: OfflineEngine, workload: Workload) -> None:
-        self.engine, self.workload = engine, workload
-        self.answers: list[Answer] = []
-        self.most_open = 0
-        self.started = 0.0
+        super().__init__(workload)
+        self.engine = engine
         self._running: dict[str, Answer] = {}
         self._num_sent = 0
-        self._supply, self._is_exhausted = Supply(workload), False
+        self._is_exhausted = False
         rate = workload.rate
         self._moments = itertools.repeat(0.0) if rate is None else arrival_times(rate, workload.seed)
         self._moment = next(self._moments)
@@ -54,11 +52,6 @@ class OfflineLoad:
         except KeyboardInterrupt:
             is_interrupted = True
         return self._result(is_interrupted)
-
-    def _begin(self) -> None:
-        self.answers.clear()
-        self.most_open = 0
-        self.started, self._cpu_s = time.perf_counter(), time.process_time()
 
     def _measure(self, on_progress: OnProgress | None) -> None:
         while True:
@@ -125,20 +118,6 @@ class OfflineLoad:
         if on_progress is not None and now - self._shown >= SHOW_EVERY_S:
             self._shown = now
             on_progress(self)
-
-    def _result(self, is_interrupted: bool) -> LoadResult:
-        if not self.started:
-            # interrupted while it warmed up
-            self._begin()
-        duration_s = self.workload.duration_s if self._supply.is_out_of_time else None
-        return LoadResult(
-            answers=self.answers,
-            started=self.started,
-            duration_s=time.perf_counter() - self.started if is_interrupted else duration_s,
-            most_open=self.most_open,
-            cpu_s=time.process_time() - self._cpu_s,
-            is_interrupted=is_interrupted,
-        )
 
 
 def run_offline(engine: OfflineEngine, workload: Workload, on_progress: OnProgress | None = None) -> LoadResult:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import orjson
 import uvloop
@@ -25,15 +25,38 @@ PAUSE_AFTER_FAILURE_S = 0.1
 SHOW_EVERY_S = 0.5
 
 
-class Running(Protocol):
-    """What can be shown of a run: its answers so far, those outstanding, and since when it is measured."""
+class Running(ABC):
+    """A run of a workload: its answers so far, those outstanding, and since when it is measured."""
 
-    workload: Workload
-    answers: list[Answer]
-    started: float
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.answers: list[Answer] = []
+        self.most_open = 0
+        self.started = 0.0
+        self._supply = Supply(workload)
 
     @property
+    @abstractmethod
     def num_open(self) -> int: ...
+
+    def _begin(self) -> None:
+        self.answers.clear()
+        self.most_open = 0
+        self.started, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def _result(self, is_interrupted: bool) -> LoadResult:
+        if not self.started:
+            # interrupted while it warmed up
+            self._begin()
+        duration_s = self.workload.duration_s if self._supply.is_out_of_time else None
+        return LoadResult(
+            answers=self.answers,
+            started=self.started,
+            duration_s=time.perf_counter() - self.started if is_interrupted else duration_s,
+            most_open=self.most_open,
+            cpu_s=time.process_time() - self._cpu_s,
+            is_interrupted=is_interrupted,
+        )
 
 
 OnProgress = Callable[[Running], None]
@@ -124,15 +147,12 @@ class Client:
         self._pool.close()
 
 
-class Load:
-    """One run of a workload; `answers` are those that have ended."""
+class Load(Running):
+    """`answers` are those that have ended."""
 
     def __init__(self, target: Target, workload: Workload) -> None:
-        self.workload = workload
-        self.answers: list[Answer] = []
-        self._num_open = self.most_open = 0
-        self.started = 0.0
-        self._supply = Supply(workload)
+        super().__init__(workload)
+        self._num_open = 0
         self._client = Client(target, workload.timeout_s)
 
     @property
@@ -155,30 +175,11 @@ class Load:
             self._client.close()
         return self._result(is_interrupted)
 
-    def _begin(self) -> None:
-        self.answers.clear()
-        self.most_open = 0
-        self.started, self._cpu_s = time.perf_counter(), time.process_time()
-
     async def _measured(self) -> None:
         if self.workload.rate is None:
             await self._closed(self._next)
         else:
             await self._open(self.workload.rate)
-
-    def _result(self, is_interrupted: bool) -> LoadResult:
-        if not self.started:
-            # interrupted while it warmed up
-            self._begin()
-        duration_s = self.workload.duration_s if self._supply.is_out_of_time else None
-        return LoadResult(
-            answers=self.answers,
-            started=self.started,
-            duration_s=time.perf_counter() - self.started if is_interrupted else duration_s,
-            most_open=self.most_open,
-            cpu_s=time.process_time() - self._cpu_s,
-            is_interrupted=is_interrupted,
-        )
 
     def _next(self) -> Ask | None:
         return self._supply.next(time.perf_counter() - self.started)

@@ -65,9 +65,6 @@ LEVELS = (
 )
 """Best first."""
 
-CHOICES = ("auto", *(level.name for level in LEVELS), "off")
-"""Of `--cpu-kernels`."""
-
 
 def cpu_flags() -> frozenset[str]:
     """What the processor says it can do; nothing where that cannot be read."""
@@ -115,13 +112,24 @@ class _CannotCompile(Exception):
 
 def _opened(level: Level) -> ctypes.CDLL | None:
     """None if the system does not let the process use the level."""
-    library = ctypes.CDLL(str(compiled(level, cache_folder())))
+    path = compiled(level, cache_folder())
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _CannotCompile(f"the system does not load what was compiled: {error}") from error
     library.inferfleet_set_threads.argtypes = [ctypes.c_int64]
     return library if library.inferfleet_is_usable() else None
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """
+    Raises:
+        _CannotCompile: nobody says where.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise _CannotCompile("there is no home folder to keep them in; set XDG_CACHE_HOME") from error
     return Path(base) / "inferfleet" / "kernels"
 
 
@@ -149,7 +157,10 @@ def compiled(level: Level, folder: Path) -> Path:
 
 
 def _digest(compiler: str, level: Level) -> str:
-    version = subprocess.check_output([compiler, "-dumpfullversion"], timeout=COMPILE_LIMIT_S)
+    try:
+        version = subprocess.check_output([compiler, "-dumpfullversion"], timeout=COMPILE_LIMIT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _CannotCompile(f"{compiler} does not say its version: {error}") from error
     digest = hashlib.sha256(repr((compiler, version, COMMON_FLAGS, level.flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")

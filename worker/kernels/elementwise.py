@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.kernels.products import SUFFIXES
+from worker.kernels.products import INTEGER, POINTER, SUFFIXES, function_of
 from worker.model.operations import Activate, Operations, Turns
 from worker.model.spec import Activation, Norm
 from worker.model.weights import NormWeights
@@ -17,39 +17,37 @@ from worker.model.weights import NormWeights
 ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.RELU: 2}
 """By their numbers in the kernel. The exact GELU is torch's."""
 
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-
 
 class _Norm(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER),
-        *((name, _INTEGER) for name in ("num_outer", "num_inner", "size", "outer_stride")),
-        ("weight", _POINTER),
-        ("bias", _POINTER),
-        *((name, _INTEGER) for name in ("weight_rows", "has_wide_weight", "is_rms")),
+        ("x", POINTER),
+        *((name, INTEGER) for name in ("num_outer", "num_inner", "size", "outer_stride")),
+        ("weight", POINTER),
+        ("bias", POINTER),
+        *((name, INTEGER) for name in ("weight_rows", "has_wide_weight", "is_rms")),
         ("eps", ctypes.c_double),
-        *((name, _POINTER) for name in ("part", "sums", "out")),
+        *((name, POINTER) for name in ("part", "sums", "out")),
     )
 
 
 class _Turn(ctypes.Structure):
     _fields_ = (
-        ("turned", _POINTER),
-        ("v", _POINTER),
+        ("turned", POINTER),
+        ("v", POINTER),
         *(
-            (name, _INTEGER)
+            (name, INTEGER)
             for name in ("turned_stride", "v_stride", "num_tokens", "num_heads", "num_kv_heads", "head_dim", "rotary")
         ),
-        *((name, _POINTER) for name in ("cos", "sin", "slots", "q", "k_pages", "v_pages")),
+        *((name, POINTER) for name in ("cos", "sin", "slots", "q", "k_pages", "v_pages")),
     )
 
 
 class CpuOperations(Operations):
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._normalise = _functions(library, "normalise", [_POINTER])
-        self._activate = _functions(library, "activate", [_POINTER, *[_INTEGER] * 4, _POINTER])
-        self._turn = _functions(library, "turn", [_POINTER])
-        self._summarise = _functions(library, "summarise", [_POINTER, _INTEGER, _INTEGER, *[_POINTER] * 3])
+        self._normalise = _functions(library, "normalise", [ctypes.POINTER(_Norm)])
+        self._activate = _functions(library, "activate", [POINTER, *[INTEGER] * 4, POINTER])
+        self._turn = _functions(library, "turn", [ctypes.POINTER(_Turn)])
+        self._summarise = _functions(library, "summarise", [POINTER, INTEGER, INTEGER, *[POINTER] * 3])
 
     def normalise(self, x: Tensor, weights: NormWeights, eps: float, kind: Norm) -> Tensor:
         if not _can_normalise(x, weights):
@@ -119,17 +117,8 @@ class CpuOperations(Operations):
         return q
 
 
-def _functions(library: ctypes.CDLL, name: str, arguments: list[Any]) -> dict[torch.dtype, Callable[..., None]]:
-    found: dict[torch.dtype, Callable[..., None]] = {}
-    for dtype, suffix in SUFFIXES.items():
-        function = library[f"inferfleet_{name}_{suffix}"]
-        function.argtypes = [ctypes.POINTER(_STRUCTURES[name])] if name in _STRUCTURES else arguments
-        function.restype = None
-        found[dtype] = function
-    return found
-
-
-_STRUCTURES: dict[str, type[ctypes.Structure]] = {"normalise": _Norm, "turn": _Turn}
+def _functions(library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> dict[torch.dtype, Callable[..., Any]]:
+    return {dtype: function_of(library, name, dtype, arguments) for dtype in SUFFIXES}
 
 
 def _can_normalise(x: Tensor, weights: NormWeights) -> bool:

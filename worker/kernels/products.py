@@ -7,7 +7,7 @@ every company.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from worker.model.lora import AdaptedLinear
 from worker.model.weights import DenseEmbedding, DenseLinear, num_bytes_of
 
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 WeightsType = TypeVar("WeightsType")
@@ -24,10 +25,10 @@ WeightsType = TypeVar("WeightsType")
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
+        ("packed", POINTER),
+        ("bias", POINTER),
+        ("n", INTEGER),
+        ("k", INTEGER),
     )
 
 
@@ -41,8 +42,8 @@ class PackedLinear:
         bias = None if dense.bias is None else dense.bias.data_ptr()
         self._matrix = _Matrix(self._packed.data_ptr(), bias, self.num_out, self.num_in)
         self._address = ctypes.addressof(self._matrix)
-        self._multiply = _function(library, "multiply", weight.dtype, 2, 2, 1)
-        self._unpack_rows = _function(library, "unpack_rows", weight.dtype, 2, 1, 1)
+        self._multiply = function_of(library, "multiply", weight.dtype, [POINTER, POINTER, INTEGER, INTEGER, POINTER])
+        self._unpack_rows = function_of(library, "unpack_rows", weight.dtype, [POINTER, POINTER, INTEGER, POINTER])
 
     @property
     def num_bytes(self) -> int:
@@ -125,12 +126,11 @@ def _is_tied(embed: object, head: object) -> bool:
 
 
 def _pack(library: ctypes.CDLL, weight: Tensor) -> Tensor:
-    num_elements = _function(library, "packed_elements", weight.dtype, 0, 2, 0, ctypes.c_int64)(*weight.shape)
+    num_elements = function_of(library, "packed_elements", weight.dtype, [INTEGER, INTEGER], INTEGER)(*weight.shape)
     packed = torch.empty(num_elements, dtype=weight.dtype)
-    library.inferfleet_prefer_large_pages(ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(num_bytes_of(packed)))
-    _function(library, "pack", weight.dtype, 1, 3, 1)(
-        weight.data_ptr(), *weight.shape, weight.stride(0), packed.data_ptr()
-    )
+    library.inferfleet_prefer_large_pages(POINTER(packed.data_ptr()), INTEGER(num_bytes_of(packed)))
+    fill = function_of(library, "pack", weight.dtype, [POINTER, INTEGER, INTEGER, INTEGER, POINTER])
+    fill(weight.data_ptr(), *weight.shape, weight.stride(0), packed.data_ptr())
     return packed
 
 
@@ -140,18 +140,10 @@ def _check(x: Tensor, dtype: torch.dtype, num_in: int) -> None:
         raise ValueError(f"an input of {num_in} {dtype} in a row is expected, not {x.shape[-1]} {x.dtype}")
 
 
-def _function(
-    library: ctypes.CDLL,
-    name: str,
-    dtype: torch.dtype,
-    num_pointers: int,
-    num_integers: int,
-    num_targets: int,
-    result: Any = None,
+def function_of(
+    library: ctypes.CDLL, name: str, dtype: torch.dtype, arguments: Sequence[Any], result: Any = None
 ) -> Callable[..., Any]:
-    """Of `library`, with so many pointers, integers and pointers to write to as arguments, in this order."""
+    """That of `library` for `dtype`, one of SUFFIXES."""
     function = library[f"inferfleet_{name}_{SUFFIXES[dtype]}"]
-    pointers, integers = [ctypes.c_void_p], [ctypes.c_int64]
-    function.argtypes = [*pointers * num_pointers, *integers * num_integers, *pointers * num_targets]
-    function.restype = result
+    function.argtypes, function.restype = list(arguments), result
     return function

@@ -161,10 +161,10 @@ class T5:
     def _attend(
         self, x: Tensor, weights: StackLayer, pages: Tensor, slots: Tensor, meta: Any, shape: LayerShape
     ) -> Tensor:
-        heads = weights.qkv(self._norm(x, weights.attention_norm)).view(len(x), 3, *self._head_shape)
-        q, k, v = heads.unbind(1)
-        write_pages(pages[0], k, slots)
-        write_pages(pages[1], v, slots)
+        num_heads, head_dim = self._head_shape
+        heads = weights.qkv(self._norm(x, weights.attention_norm)).view(len(x), 3 * num_heads, head_dim)
+        turned, v = torch.split(heads, [2 * num_heads, num_heads], 1)
+        q = self.operations.turn_and_write(turned, v, num_heads, None, tuple(pages), slots)
         attended = self.attention.attend(q, pages[0], pages[1], meta, shape)
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 

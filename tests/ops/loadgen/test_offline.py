@@ -77,7 +77,8 @@ class OneTokenEngine:
 
 def test_an_open_loop_sends_at_its_moments_or_after_the_step_that_runs_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StoppedClock()
-    monkeypatch.setattr("ops.loadgen.offline.time", clock)
+    for module in ("offline", "run"):
+        monkeypatch.setattr(f"ops.loadgen.{module}.time", clock)
     engine = OneTokenEngine(clock)
     load = OfflineLoad(engine, Workload.of([Ask([1], 1)] * 200, rate=50.0, seed=5))  # type: ignore[arg-type]
     result = load.run()
@@ -93,7 +94,8 @@ def test_an_open_loop_sends_at_its_moments_or_after_the_step_that_runs_then(monk
 
 def test_time_ends_a_run_and_what_runs_then_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StoppedClock()
-    monkeypatch.setattr("ops.loadgen.offline.time", clock)
+    for module in ("offline", "run"):
+        monkeypatch.setattr(f"ops.loadgen.{module}.time", clock)
     workload = Workload(ask_of=lambda number: Ask([number], 1), duration_s=0.095, clients=2)
     result = OfflineLoad(OneTokenEngine(clock), workload).run()  # type: ignore[arg-type]
     assert (len(result.answers), result.seconds) == (20, 0.095)

@@ -37,8 +37,6 @@ constexpr int64_t SERIAL_WORK = 1 << 16;  // elements of keys that are not worth
 constexpr float LOG2_E = 1.44269504f;
 constexpr float INFINITE = __builtin_inff();
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // As the caller lays them out; worker/attention/native.py.
 
 struct Batch {

@@ -18,7 +18,7 @@ int64_t rows_of_piece(int64_t row_elements) { return std::max<int64_t>(PIECE_ELE
 template <class Work>
 void for_rows(int64_t num_rows, int64_t row_elements, const Work& work) {
     int64_t size = rows_of_piece(row_elements);
-    for_each_in_parallel((num_rows + size - 1) / size, [&](int64_t piece) {
+    for_each_in_parallel(ceil_div(num_rows, size), [&](int64_t piece) {
         for (int64_t row = piece * size; row < std::min(num_rows, (piece + 1) * size); ++row) work(row);
     });
 }

@@ -7,7 +7,6 @@
 
 #include <immintrin.h>
 #include <linux/futex.h>
-#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -32,7 +31,7 @@ std::atomic<void*> job_context{nullptr};
 
 std::mutex owner;  // of the pool; who finds it taken works alone
 std::atomic<int64_t> num_helpers{0};
-std::atomic<int64_t> num_started{0};
+int64_t num_started = 0;
 
 void sleep_until_newer(uint32_t job) {
     num_asleep.fetch_add(1);
@@ -109,10 +108,7 @@ struct Helper {
 namespace {
 
 void start_helpers(int64_t count) {
-    for (int64_t number = num_started.load(); number < count; ++number) {
-        std::thread(Helper::run, number).detach();
-        num_started.store(number + 1);
-    }
+    for (; num_started < count; ++num_started) std::thread(Helper::run, num_started).detach();
 }
 
 }  // namespace

@@ -25,8 +25,6 @@ constexpr int64_t TILE = 16;
 constexpr int64_t STEP_ELEMENTS = PANEL * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of x, which should stay in the second-level cache
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Scratch memory of the calling thread, which only grows.
 void* scratch(size_t bytes) {
     static thread_local void* memory = nullptr;

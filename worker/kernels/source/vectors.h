@@ -26,6 +26,8 @@ struct bf16 {
     uint16_t bits;
 };
 
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 INLINE floats all(float value) { return floats{} + value; }
 
 INLINE floats load(const float* from) {
