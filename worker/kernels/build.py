@@ -2,6 +2,10 @@
 
 One library for each instruction set level, named by a digest of everything that went into it, so that a changed source,
 compiler or flag is another file. Without a compiler, or on another processor, there is none and torch does it all.
+
+    python -m worker.kernels.build FOLDER      compiles every level into FOLDER, whatever this processor has
+
+An installation whose FOLDER was the package's own `finished`, as that of the container images, needs no compiler.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +30,7 @@ from common.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
+FINISHED = Path(__file__).parent / "finished"
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,6 +43,7 @@ COMMON_FLAGS = (
 )
 COMPILE_LIMIT_S = 300.0
 """A compiler that takes longer hangs; the kernels take some seconds."""
+SCRATCH = "scratch-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,9 @@ class _CannotCompile(Exception):
 
 def _opened(level: Level) -> ctypes.CDLL | None:
     """None if the system does not let the process use the level."""
-    path = compiled(level, cache_folder())
+    path = FINISHED / _name(level)
+    if not path.exists():
+        path = compiled(level, cache_folder())
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -139,43 +149,64 @@ def compiled(level: Level, folder: Path) -> Path:
     Raises:
         _CannotCompile: no compiler, no place to write to, or an error of the compiler.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise _CannotCompile("there is no C++ compiler (g++) on the path")
-    path = folder / f"{level.name}-{_digest(compiler, level)}.so"
+    compiler = _compiler()
+    return _made(compiler, level, folder / _name(level, (compiler, _version(compiler))))
+
+
+def _made(compiler: str, level: Level, path: Path) -> Path:
+    """`path`, where the library of a level is then, compiled by whoever came first."""
     if path.exists():
         return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.parent / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 _compile(compiler, level, path)
     except OSError as error:
-        raise _CannotCompile(f"{folder} cannot be written: {error.strerror}") from error
+        raise _CannotCompile(f"{path.parent} cannot be written: {error.strerror}") from error
     return path
 
 
-def _digest(compiler: str, level: Level) -> str:
+def _compiler() -> str:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise _CannotCompile("there is no C++ compiler (g++) on the path")
+    return compiler
+
+
+def _version(compiler: str) -> bytes:
     try:
-        version = subprocess.check_output([compiler, "-dumpfullversion"], timeout=COMPILE_LIMIT_S)
+        return subprocess.check_output([compiler, "-dumpfullversion"], timeout=COMPILE_LIMIT_S)
     except (OSError, subprocess.SubprocessError) as error:
         raise _CannotCompile(f"{compiler} does not say its version: {error}") from error
-    digest = hashlib.sha256(repr((compiler, version, COMMON_FLAGS, level.flags)).encode())
+
+
+def _name(level: Level, made_by: tuple[str, bytes] | None = None) -> str:
+    """Of the library of a level: digested are sources, flags and `made_by`, a compiler and its version. Nobody changes
+    the compiler of a finished library, which needs none."""
+    digest = hashlib.sha256(repr((made_by, COMMON_FLAGS, level.flags)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return f"{level.name}-{digest.hexdigest()[:16]}.so"
 
 
 def _compile(compiler: str, level: Level, path: Path) -> None:
     log.info("compiling kernels for %s, which is done once", level.name)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    _remove_leftovers(path.parent)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
         flags = [*COMMON_FLAGS, *level.flags]
         _run([[compiler, *flags, "-c", str(SOURCES / f"{each.stem}.cpp"), "-o", str(each)] for each in objects])
         linked = Path(scratch) / path.name
         _run([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
         linked.replace(path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of those who were killed while they compiled: whoever compiles here holds the lock."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(commands: Sequence[Sequence[str]]) -> None:
@@ -190,6 +221,25 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
         raise _CannotCompile("the compiler takes too long") from error
     finally:
         for process in running:
-            if process.poll() is None:
+            with process:
                 process.kill()
-            process.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m worker.kernels.build FOLDER\n")
+        return 2
+    if platform.machine() != "x86_64":
+        sys.stderr.write(f"there are no kernels for {platform.machine()}, torch does it all\n")
+        return 0
+    try:
+        for level in LEVELS:
+            _made(_compiler(), level, Path(arguments[0]) / _name(level))
+    except _CannotCompile as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
