@@ -21,9 +21,12 @@ from typing import Any, TypeVar
 
 import httpx
 
+from worker.kernels.build import cpu_flags, supported_levels
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = {"messages": [{"role": "user", "content": "Count to 100"}], "temperature": 0, "max_tokens": 300}
 START_TIMEOUT_S = 180.0
+KERNELS = "import shutil; from worker.kernels import build; print(bool(build.load_library()), shutil.which('g++'))"
 GATEWAY_HEADER = "x-inferfleet-gateway"
 
 Value = TypeVar("Value")
@@ -74,6 +77,11 @@ def container_of(process_name: str, service: str) -> str:
     names = docker("ps", "--filter", f"name=inferfleet-check_{service}", "--format", "{{.ID}}").split()
     names += docker("ps", "--filter", f"name=inferfleet-check-{service}", "--format", "{{.ID}}").split()
     return next(name for name in names if process_name.startswith(name))
+
+
+def kernels_are_there(container: str) -> None:
+    found = docker("exec", container, "python", "-c", KERNELS)
+    expect(found == f"{bool(supported_levels(cpu_flags()))} None", "the image has kernels for this CPU and no compiler")
 
 
 class Check:
@@ -149,6 +157,8 @@ def check_compose(port: int, *, build: bool) -> None:
         compose("up", "-d", "--scale", "worker=2", "--scale", "gateway=2")
         check = Check(f"http://127.0.0.1:{port}")
         wait_for(lambda: check.is_served(2), "two workers ready")
+        workers = check.client.get("/v1/fleet/workers").json()["data"]
+        kernels_are_there(container_of(workers[0]["host"], "worker"))
         undisturbed = check.undisturbed()
         num_tokens = check.client.post("/v1/jobs?wait=60", json={"input": PROMPT}).json()["num_tokens"]
         check.worker_killed(undisturbed, num_tokens)
@@ -172,6 +182,7 @@ def check_all_in_one(port: int, *, build: bool) -> None:
     try:
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         wait_for(lambda: client.get("/health").status_code == httpx.codes.OK, "the all-in-one image serves")
+        kernels_are_there(container)
         body = {"inputs": "What is Deep Learning?", "parameters": {"max_new_tokens": 20}}
         answer = client.post("/generate", json=body).raise_for_status().json()
         expect(bool(answer["generated_text"]), f"TGI's docker run line answers: {answer['generated_text']!r}")

@@ -1,4 +1,14 @@
 # Everything in one container, so that TGI's line works: docker run -p 8080:80 -v $PWD/data:/data inferfleet --model-id X
+
+# the kernels for every kind of CPU; what is served from has no compiler
+FROM python:3.11-slim-bookworm AS kernels
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY common/__init__.py common/errors.py common/
+COPY worker/__init__.py worker/
+COPY worker/kernels worker/kernels
+RUN mkdir finished && python -m worker.kernels.build finished
+
 FROM python:3.11-slim-bookworm
 # pip's own settings, for builds behind a mirror
 ARG PIP_INDEX_URL
@@ -10,6 +20,7 @@ RUN pip install --no-cache-dir -c constraints.txt torch==2.13.0
 COPY common common
 COPY gateway gateway
 COPY worker worker
+COPY --from=kernels /app/finished worker/kernels/finished
 COPY ops ops
 RUN pip install --no-cache-dir -c constraints.txt '.[worker]'
 WORKDIR /data
