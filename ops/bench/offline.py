@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from common.settings import WorkerSettings
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
+from worker.engine_client import thread_environment
 from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, TokenRun
-from worker.runner.load import load_device
-from worker.runner.torch_device import TorchDevice
+
+if TYPE_CHECKING:
+    from worker.runner.torch_device import TorchDevice
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+
+log = logging.getLogger(__name__)
+
+
+def wait_as_workers_do(threads: int = 0) -> None:
+    """Give this process the environment that an agent gives its engine of so many threads (0: all cores). torch reads
+    it when it is imported; its threads would spin beside the kernels' own."""
+    environment = thread_environment(threads)
+    if "torch" not in sys.modules:
+        os.environ.update(environment)
+    elif os.environ.get(WAIT_POLICY) != environment.get(WAIT_POLICY):
+        log.warning("torch was imported before %s could be set: its threads wait as they like", WAIT_POLICY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +55,10 @@ class OfflineEngine:
     """Around a device of its own, or one that was `loaded` before, which others may use between runs."""
 
     def __init__(self, settings: WorkerSettings, loaded: tuple[TorchDevice, Ready] | None = None) -> None:
+        wait_as_workers_do(settings.threads)
+        # not above: torch is to find that environment
+        from worker.runner.load import load_device
+
         self.device, self.ready = loaded or load_device(settings, lambda phase, done, total: None)
         self._inbox: Inbox = SimpleQueue()
         limits = limits_of(

@@ -277,6 +277,10 @@ def _row(result: Result) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    from ops.bench.offline import wait_as_workers_do
+
+    wait_as_workers_do()
+    # imports torch
     from ops.bench.editor import Lesson
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
