@@ -15,6 +15,7 @@ from common.settings import WorkerSettings
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
+from worker.engine.stats import EngineStats
 from worker.engine_client import thread_environment
 from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, TokenRun
 
@@ -75,6 +76,10 @@ class OfflineEngine:
         self._num_running = 0
         self._all_started_at = 0.0
 
+    @property
+    def stats(self) -> EngineStats:
+        return self._loop.scheduler.stats
+
     def send(self, message: Message) -> None:
         self._inbox.put(message)
 
@@ -93,14 +98,14 @@ class OfflineEngine:
         """
         self._outputs = {submit.request_id: [] for submit in submits}
         self._num_running, self._all_started_at = len(submits), 0.0
-        before = replace(self._loop.scheduler.stats)
+        before = replace(self.stats)
         started = time.perf_counter()
         for submit in submits:
             self.send(submit)
         while self._num_running:
             self._take(self.turn())
         ended, counts = time.perf_counter(), [len(ids) for ids in self._outputs.values()]
-        stats = self._loop.scheduler.stats
+        stats = self.stats
         return Run(
             seconds=ended - started,
             decode_s=ended - self._all_started_at,
