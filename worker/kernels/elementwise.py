@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.kernels.products import INTEGER, POINTER, SUFFIXES, function_of
-from worker.model.operations import Activate, Operations, Turns
+from worker.kernels.products import INTEGER, POINTER, SUFFIXES, alone, function_of
+from worker.model.operations import Activate, Operations, Summary, Turns
 from worker.model.spec import Activation, Norm
-from worker.model.weights import NormWeights
+from worker.model.weights import Linear, MlpWeights, NormWeights
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.RELU: 2}
 """By their numbers in the kernel. The exact GELU is torch's."""
@@ -67,20 +68,17 @@ class CpuOperations(Operations):
         return added, out
 
     def activation(self, kind: Activation, *, is_gated: bool) -> Activate:
-        in_torch, number, functions = super().activation(kind, is_gated=is_gated), ACTIVATIONS.get(kind), self._activate
-        if number is None:
-            return in_torch
+        in_torch, number = super().activation(kind, is_gated=is_gated), ACTIVATIONS.get(kind)
+        return in_torch if number is None else CpuActivation(number, is_gated, self._activate, in_torch)
 
-        def activate(inner: Tensor) -> Tensor:
-            if inner.dtype not in SUFFIXES or inner.dim() != 2 or not inner.is_contiguous():
-                return in_torch(inner)
-            num_rows, width = inner.shape
-            width = width // 2 if is_gated else width
-            out = inner.new_empty((num_rows, width))
-            functions[inner.dtype](inner.data_ptr(), number, num_rows, width, is_gated, out.data_ptr())
-            return out
-
-        return activate
+    def feed_forward(
+        self, x: Tensor, weights: MlpWeights, activate: Activate, residual: Tensor | None = None
+    ) -> Tensor:
+        inner, down = _expand(x, weights.up, activate), alone(weights.down)
+        if down is not None and residual is not None and down.can_add(residual):
+            return down.multiply(inner, residual=residual)
+        result = weights.down(inner)
+        return result if residual is None else residual + result
 
     def turn_and_write(
         self,
@@ -115,6 +113,42 @@ class CpuOperations(Operations):
             )
         )
         return q
+
+    def summarise(self, logits: Tensor) -> Summary:
+        if logits.dtype not in SUFFIXES or not logits.is_contiguous():
+            return super().summarise(logits)
+        num_rows, size = logits.shape
+        most, normalisers = (torch.empty(num_rows, dtype=torch.float32) for _ in range(2))
+        columns = torch.empty(num_rows, dtype=torch.int64)
+        pointers = (each.data_ptr() for each in (most, columns, normalisers))
+        self._summarise[logits.dtype](logits.data_ptr(), num_rows, size, *pointers)
+        return most, columns, normalisers
+
+
+@dataclass(frozen=True, slots=True)
+class CpuActivation:
+    """[t, width] of one width, or of a gated one from [t, 2 * width]; `number` is the kernel's."""
+
+    number: int
+    is_gated: bool
+    functions: dict[torch.dtype, Callable[..., Any]]
+    in_torch: Activate
+
+    def __call__(self, inner: Tensor) -> Tensor:
+        if inner.dtype not in SUFFIXES or inner.dim() != 2 or not inner.is_contiguous():
+            return self.in_torch(inner)
+        num_rows, width = inner.shape
+        width = width // 2 if self.is_gated else width
+        out = inner.new_empty((num_rows, width))
+        self.functions[inner.dtype](inner.data_ptr(), self.number, num_rows, width, self.is_gated, out.data_ptr())
+        return out
+
+
+def _expand(x: Tensor, up: Linear, activate: Activate) -> Tensor:
+    product = alone(up)
+    if product is None or not isinstance(activate, CpuActivation) or product.is_gated is not activate.is_gated:
+        return activate(up(x))
+    return product.multiply(x, activate.number)
 
 
 def _functions(library: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> dict[torch.dtype, Callable[..., Any]]:

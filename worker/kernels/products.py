@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from worker.model.lora import AdaptedLinear
-from worker.model.weights import DenseEmbedding, DenseLinear, num_bytes_of
+from worker.model.weights import DenseEmbedding, DenseLinear, Linear, MlpWeights, num_bytes_of
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NO_ACTIVATION = -1
+"""As the kernel numbers it."""
 
 WeightsType = TypeVar("WeightsType")
 
@@ -29,20 +31,27 @@ class _Matrix(ctypes.Structure):
         ("bias", POINTER),
         ("n", INTEGER),
         ("k", INTEGER),
+        ("is_gated", INTEGER),
     )
 
 
 class PackedLinear:
-    """x [..., in] -> [..., out], both of the type of the weights, which is one of SUFFIXES."""
+    """x [..., in] -> [..., out], both of the type of the weights, which is one of SUFFIXES.
 
-    def __init__(self, library: ctypes.CDLL, dense: DenseLinear) -> None:
+    Where a matrix `is_gated`, the upper half of its rows is the gate of the lower one.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dense: DenseLinear, *, is_gated: bool = False) -> None:
         weight = dense.weight if dense.weight.stride(1) == 1 else dense.weight.contiguous()
-        self.dtype, (self.num_out, self.num_in) = weight.dtype, weight.shape
-        self._packed, self._bias = _pack(library, weight), dense.bias
+        self.dtype, (self.num_out, self.num_in), self.is_gated = weight.dtype, weight.shape, is_gated
+        self._bias = dense.bias
         bias = None if dense.bias is None else dense.bias.data_ptr()
-        self._matrix = _Matrix(self._packed.data_ptr(), bias, self.num_out, self.num_in)
+        self._matrix = _Matrix(None, bias, self.num_out, self.num_in, is_gated)
+        self._packed = _pack(library, weight, self._matrix)
+        self._matrix.packed = self._packed.data_ptr()
         self._address = ctypes.addressof(self._matrix)
-        self._multiply = function_of(library, "multiply", weight.dtype, [POINTER, POINTER, INTEGER, INTEGER, POINTER])
+        arguments = [POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, POINTER]
+        self._multiply = function_of(library, "multiply", weight.dtype, arguments)
         self._unpack_rows = function_of(library, "unpack_rows", weight.dtype, [POINTER, POINTER, INTEGER, POINTER])
 
     @property
@@ -50,13 +59,25 @@ class PackedLinear:
         return num_bytes_of(self._packed, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return self.multiply(x)
+        return self.multiply(x.reshape(-1, self.num_in)).view(*x.shape[:-1], self.num_out)
+
+    def multiply(self, x: Tensor, activation: int = NO_ACTIVATION, residual: Tensor | None = None) -> Tensor:
+        """Of x [t, in] the product, or what `activation`, a number of the kernel, makes of it: of a gated matrix
+        [t, out / 2]. To a product without one `residual` [t, out] is added, both rounded before."""
         _check(x, self.dtype, self.num_in)
-        flat = x.reshape(-1, self.num_in)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        out = flat.new_empty((len(flat), self.num_out))
-        self._multiply(self._address, flat.data_ptr(), len(flat), flat.stride(0), out.data_ptr())
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.num_out)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        num_rows = x.shape[0]
+        is_halved = self.is_gated and activation != NO_ACTIVATION
+        out = x.new_empty((num_rows, self.num_out // 2 if is_halved else self.num_out))
+        added = None if residual is None else residual.data_ptr()
+        self._multiply(self._address, x.data_ptr(), num_rows, x.stride(0), activation, added, out.data_ptr())
+        return out
+
+    def can_add(self, residual: Tensor) -> bool:
+        return residual.dtype is self.dtype and residual.is_contiguous() and residual.shape[-1] == self.num_out
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Those of the matrix, int64 [t] -> [t, in].
@@ -65,10 +86,11 @@ class PackedLinear:
             IndexError: if there is no such row.
         """
         numbers = numbers.contiguous()
-        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.num_out:
+        num_rows = numbers.shape[0]
+        if num_rows and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.num_out:
             raise IndexError(f"rows of a matrix that has {self.num_out}")
-        out = torch.empty((len(numbers), self.num_in), dtype=self.dtype)
-        self._unpack_rows(self._address, numbers.data_ptr(), len(numbers), out.data_ptr())
+        out = torch.empty((num_rows, self.num_in), dtype=self.dtype)
+        self._unpack_rows(self._address, numbers.data_ptr(), num_rows, out.data_ptr())
         return out
 
 
@@ -95,12 +117,15 @@ def pack(weights: WeightsType, library: ctypes.CDLL | None) -> WeightsType:
     return packed
 
 
-def _packed(node: Any, library: ctypes.CDLL) -> Any:
+def _packed(node: Any, library: ctypes.CDLL, *, is_gated: bool = False) -> Any:
     if isinstance(node, DenseLinear):
-        return PackedLinear(library, node) if node.weight.dtype in SUFFIXES and node.weight.numel() else node
+        can_pack = node.weight.dtype in SUFFIXES and node.weight.numel()
+        return PackedLinear(library, node, is_gated=is_gated) if can_pack else node
     if isinstance(node, AdaptedLinear):
-        node.base = _packed(node.base, library)
+        node.base = _packed(node.base, library, is_gated=is_gated)
         return node
+    if isinstance(node, MlpWeights):
+        return replace(node, up=_packed(node.up, library, is_gated=_is_gated(node)), down=_packed(node.down, library))
     if isinstance(node, list):
         for index, part in enumerate(node):
             node[index] = _packed(part, library)
@@ -119,18 +144,36 @@ def _packed_dataclass(node: Any, library: ctypes.CDLL) -> Any:
     return replace(node, **changed) if changed else node
 
 
+def _is_gated(mlp: MlpWeights) -> bool:
+    up, down = _shape(mlp.up), _shape(mlp.down)
+    return up is not None and down is not None and up[0] == 2 * down[1]
+
+
+def _shape(linear: Linear) -> torch.Size | None:
+    base = linear.base if isinstance(linear, AdaptedLinear) else linear
+    return base.weight.shape if isinstance(base, DenseLinear) else None
+
+
+def alone(linear: Linear) -> PackedLinear | None:
+    """`linear` if it is nothing but a product of ours in this step, so that more can be done in one go."""
+    if isinstance(linear, AdaptedLinear):
+        linear = linear if linear.is_changed else linear.base
+    return linear if isinstance(linear, PackedLinear) else None
+
+
 def _is_tied(embed: object, head: object) -> bool:
     if not isinstance(embed, DenseEmbedding) or not isinstance(head, DenseLinear):
         return False
     return embed.weight.data_ptr() == head.weight.data_ptr()
 
 
-def _pack(library: ctypes.CDLL, weight: Tensor) -> Tensor:
-    num_elements = function_of(library, "packed_elements", weight.dtype, [INTEGER, INTEGER], INTEGER)(*weight.shape)
+def _pack(library: ctypes.CDLL, weight: Tensor, matrix: _Matrix) -> Tensor:
+    address = ctypes.addressof(matrix)
+    num_elements = function_of(library, "packed_elements", weight.dtype, [POINTER], INTEGER)(address)
     packed = torch.empty(num_elements, dtype=weight.dtype)
     library.inferfleet_prefer_large_pages(POINTER(packed.data_ptr()), INTEGER(num_bytes_of(packed)))
-    fill = function_of(library, "pack", weight.dtype, [POINTER, INTEGER, INTEGER, INTEGER, POINTER])
-    fill(weight.data_ptr(), *weight.shape, weight.stride(0), packed.data_ptr())
+    fill = function_of(library, "pack", weight.dtype, [POINTER, POINTER, INTEGER, POINTER])
+    fill(address, weight.data_ptr(), weight.stride(0), packed.data_ptr())
     return packed
 
 

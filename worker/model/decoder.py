@@ -21,11 +21,11 @@ from torch import Tensor
 
 from worker.attention import Attention, Batch, LayerShape
 from worker.model import rope
-from worker.model.layers import mlp, softcap
+from worker.model.layers import softcap
 from worker.model.moe import mixture
 from worker.model.operations import Operations, Turns
 from worker.model.spec import QkNorm, Residual, Rope, Spec
-from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MoeWeights, NormWeights
+from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MlpWeights, MoeWeights, NormWeights
 from worker.parallel.group import Alone, Group
 
 
@@ -71,6 +71,8 @@ class Decoder:
         # the factor was rounded to the type of the weights when such models were trained
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype)
         self._shapes = self._layer_shapes()
+        self._is_plain = spec.residual is Residual.SEQUENTIAL and spec.residual_scale == 1.0
+        self._adds_plainly = self._is_plain and shard.size == 1
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -135,13 +137,14 @@ class Decoder:
     def _sequential(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         part = self._attend(self._norm(x, weights.attention_norm), weights, step, layer)
         x, normed = self._add_and_norm(x, part, weights)
+        if self._adds_plainly and isinstance(weights.mlp, MlpWeights) and weights.mlp_out_norm is None:
+            return self.operations.feed_forward(normed, weights.mlp, self._activate, x)
         return self._add(x, self._feed_forward(normed, weights), weights.mlp_out_norm)
 
     def _add_and_norm(self, x: Tensor, part: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """Hidden states behind attention, and what the feed-forward network sees of them."""
         spec = self.spec
-        is_plain = spec.residual is Residual.SEQUENTIAL and spec.residual_scale == 1.0
-        if is_plain and weights.mlp_norm is not None:
+        if self._is_plain and weights.mlp_norm is not None:
             part = self.group.all_reduce(part)
             return self.operations.add_and_normalise(x, part, weights.mlp_norm, spec.norm_eps, spec.norm)
         x = self._add(x, part, weights.attention_out_norm)
@@ -162,14 +165,14 @@ class Decoder:
     def _feed_forward(self, x: Tensor, weights: LayerWeights) -> Tensor:
         if isinstance(weights.mlp, MoeWeights):
             assert self.spec.moe is not None
-            return mixture(x, weights.mlp, self.spec.moe, self._activate)
-        return mlp(x, weights.mlp, self._activate)
+            return mixture(x, weights.mlp, self.spec.moe, self._activate, self.operations)
+        return self.operations.feed_forward(x, weights.mlp, self._activate)
 
     # Attention.
 
     def _attend(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         num_heads, num_kv_heads = self._num_heads, self.num_kv_heads
-        heads = weights.qkv(x).view(len(x), -1, self.spec.head_dim)
+        heads = weights.qkv(x).view(x.shape[0], -1, self.spec.head_dim)
         if self.spec.clip_qkv is not None:
             heads = heads.clamp(-self.spec.clip_qkv, self.spec.clip_qkv)
         turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)

@@ -1,4 +1,4 @@
-"""The arithmetic that every architecture shares: norms, activations, feed-forward networks."""
+"""The arithmetic that every architecture shares: norms and activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.model.spec import Activation
-from worker.model.weights import MlpWeights, NormWeights
+from worker.model.weights import NormWeights
 
 
 def rms_norm(x: Tensor, weights: NormWeights, eps: float) -> Tensor:
@@ -43,11 +43,6 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU_TANH: _gelu_tanh,
     Activation.RELU: F.relu,
 }
-
-
-def mlp(x: Tensor, weights: MlpWeights, activate: Callable[[Tensor], Tensor]) -> Tensor:
-    """The feed-forward network of one rank, whose results ranks add up. [t, hidden] -> [t, hidden]."""
-    return weights.down(activate(weights.up(x)))
 
 
 def softcap(x: Tensor, limit: float) -> Tensor:

@@ -117,6 +117,11 @@ class AdaptedLinear:
     def num_bytes(self) -> int:
         return self.base.num_bytes
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether adapters have a part in this step."""
+        return self.slots.step is not None and bool(self._runs)
+
     def __call__(self, x: Tensor) -> Tensor:
         result = self.base(x)
         step = self.slots.step

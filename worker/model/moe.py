@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.model.layers import mlp
+from worker.model.operations import Activate, Operations
 from worker.model.spec import Moe
 from worker.model.weights import Linear, MoeWeights, num_bytes_of
 
@@ -19,7 +19,7 @@ GROUPED_ALIGNMENT = 16
 """Bytes; the rows of matrices must begin at multiples of it for the grouped product."""
 
 
-def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activate: Callable[[Tensor], Tensor]) -> Tensor:
+def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activate: Activate, operations: Operations) -> Tensor:
     """The experts' part of one rank, whose results ranks add up (Shazeer et al., arXiv 1701.06538).
 
     [t, hidden] -> [t, hidden]. Every rank holds a slice of every expert, so all route alike.
@@ -28,7 +28,7 @@ def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activate: Callable[[Tensor
     result = _experts(x, weights, shares, chosen, activate)
     if weights.shared is None:
         return result
-    shared = mlp(x, weights.shared, activate)
+    shared = operations.feed_forward(x, weights.shared, activate)
     if weights.shared_gate is not None:
         shared = F.linear(x, weights.shared_gate).sigmoid() * shared
     return result + shared
@@ -44,9 +44,7 @@ def route(x: Tensor, router: Tensor, moe: Moe) -> tuple[Tensor, Tensor]:
     return shares.to(x.dtype), chosen
 
 
-def _experts(
-    x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activate: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _experts(x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activate: Activate) -> Tensor:
     num_tokens, num_active = chosen.shape
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(len(weights.router), device=x.device)

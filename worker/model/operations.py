@@ -14,7 +14,7 @@ from worker.attention.pages import write_pages
 from worker.model import rope
 from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
 from worker.model.spec import Activation, Norm
-from worker.model.weights import NormWeights
+from worker.model.weights import MlpWeights, NormWeights
 
 Turns = tuple[Tensor, Tensor]
 Activate = Callable[[Tensor], Tensor]
@@ -47,6 +47,14 @@ class Operations:
             return function(gate) * up
 
         return gated
+
+    def feed_forward(
+        self, x: Tensor, weights: MlpWeights, activate: Activate, residual: Tensor | None = None
+    ) -> Tensor:
+        """The feed-forward network of one rank, whose results ranks add up, [t, hidden] -> [t, hidden]; `residual` plus
+        that where there is one. `activate` is one of `activation`."""
+        result = weights.down(activate(weights.up(x)))
+        return result if residual is None else residual + result
 
     def turn_and_write(
         self,

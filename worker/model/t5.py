@@ -28,7 +28,6 @@ from worker.attention import Attention, Batch, LayerShape
 from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
-from worker.model.layers import mlp
 from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
 from worker.model.lora import LoraSlots
 from worker.model.operations import Operations
@@ -137,7 +136,7 @@ class T5:
         for weights, cross_weights, layer_pages in layers:
             x = x + self._attend(x, weights, layer_pages, batch.slots, meta, self._decoder_shape)
             x = x + self._attend_across(x, cross_weights, layer_pages, cross_meta)
-            x = x + self._feed_forward(x, weights)
+            x = self._feed_forward(x, weights)
         return self.weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
 
     def _encoder_output(self, tokens: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class T5:
         pages = x.new_empty((2, 1, size, *self._head_shape))
         for weights in stack.layers:
             x = x + self._attend(x, weights, pages, slots, meta, self._encoder_shape)
-            x = x + self._feed_forward(x, weights)
+            x = self._feed_forward(x, weights)
         return self._norm(x, stack.final_norm)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -174,8 +173,11 @@ class T5:
         return self.group.all_reduce(weights.out(attended.flatten(1)))
 
     def _feed_forward(self, x: Tensor, weights: StackLayer) -> Tensor:
-        part = mlp(self._norm(x, weights.mlp_norm), weights.mlp, self._activate)
-        return self.group.all_reduce(part)
+        """`x` and what the network makes of it."""
+        normed, feed_forward = self._norm(x, weights.mlp_norm), self.operations.feed_forward
+        if self.group.shard.size == 1:
+            return feed_forward(normed, weights.mlp, self._activate, x)
+        return x + self.group.all_reduce(feed_forward(normed, weights.mlp, self._activate))
 
 
 # Weights.

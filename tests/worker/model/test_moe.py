@@ -82,11 +82,11 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_groups_are_the_sum_over_experts_token_by_token(width, dtype, count, is_renormalised):
     moe, weights, x = moe_of(width, is_renormalised=is_renormalised), random_weights(width, dtype), tokens(count, dtype)
     expected = token_by_token(x, weights, moe)
-    got, bar = mixture(x, weights, moe, SILU), 20 * torch.finfo(dtype).eps
+    got, bar = mixture(x, weights, moe, SILU, Operations()), 20 * torch.finfo(dtype).eps
     assert got.dtype is dtype
     assert error(got, expected) <= bar
     wrong = replace(weights, down=StackedExperts(weights.down.matrices.roll(1, 0)))
-    assert error(mixture(x, wrong, moe, SILU), expected) > bar
+    assert error(mixture(x, wrong, moe, SILU, Operations()), expected) > bar
 
 
 @pytest.mark.parametrize(("width", "dtype"), KINDS)
@@ -107,19 +107,19 @@ def test_both_ways_of_grouping_are_one_product_per_group(monkeypatch, width, dty
 @pytest.mark.parametrize(("width", "dtype"), KINDS)
 def test_experts_that_nobody_chose_are_not_read(width, dtype):
     moe, weights, x = moe_of(width), random_weights(width, dtype), tokens(2, dtype)
-    expected = mixture(x, weights, moe, SILU)
+    expected = mixture(x, weights, moe, SILU, Operations())
     idle = sorted(set(range(NUM_EXPERTS)) - set(route(x, weights.router, moe)[1].flatten().tolist()))
     assert 0 < len(idle) < NUM_EXPERTS
     weights.up.matrices[idle], weights.down.matrices[idle] = torch.nan, torch.nan
-    assert torch.equal(mixture(x, weights, moe, SILU), expected)
+    assert torch.equal(mixture(x, weights, moe, SILU, Operations()), expected)
     weights.up.matrices[:] = torch.nan
-    assert mixture(x, weights, moe, SILU).isnan().any()
+    assert mixture(x, weights, moe, SILU, Operations()).isnan().any()
 
 
 @pytest.mark.parametrize(("width", "dtype"), KINDS)
 def test_the_company_of_a_token_changes_it_by_rounding_only(width, dtype):
     moe, weights, x = moe_of(width), random_weights(width, dtype), tokens(64, dtype)
-    alone = torch.cat([mixture(token[None], weights, moe, SILU) for token in x])
+    alone = torch.cat([mixture(token[None], weights, moe, SILU, Operations()) for token in x])
     bar = 20 * torch.finfo(dtype).eps
-    assert error(mixture(x, weights, moe, SILU), alone.double()) <= bar
-    assert error(mixture(x.flip(0), weights, moe, SILU), alone.double()) > bar
+    assert error(mixture(x, weights, moe, SILU, Operations()), alone.double()) <= bar
+    assert error(mixture(x.flip(0), weights, moe, SILU, Operations()), alone.double()) > bar

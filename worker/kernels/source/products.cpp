@@ -1,8 +1,12 @@
-// Products with matrices that were laid out for them once: out[m, n] = x[m, k] W[n, k]' + bias[n].
+// Products with matrices that were laid out for them once: out[m, n] = x[m, k] W[n, k]' + bias[n], and what is done to it
+// next: an activation, or the sum with what the layer began with.
 //
 // A matrix lies in panels of 32 of its rows (columns of the result), one after the other, and within a panel by k: what a
-// processor reads in one go is one piece of memory, and each thread reads its panels from the first byte to the last. With
-// few rows of x that is all that takes time; with many a panel stays in the second-level cache while they pass.
+// processor reads in one go is one piece of memory, and each thread reads some neighbouring panels from the first byte to
+// the last. With few rows of x that is all that takes time, and what comes next is called from memory before it is wanted;
+// with many rows a block of a panel stays in the first-level cache while they pass.
+//
+// A panel of a gated matrix, [gate and up][n / 2][k], has 16 rows of gate and the 16 of up that belong to them.
 //
 //   float32    [panels][k][32]
 //   bfloat16   [panels][k / 32][2][16][16][2]: two tiles of 16 columns, each 16 pairs of neighbouring k, as the tiles of AMX
@@ -10,6 +14,7 @@
 //
 // Rows of results are sums in one order, whatever the number of rows: a row does not depend on its company.
 
+#include "activations.h"
 #include "pool.h"
 #include "vectors.h"
 
@@ -25,7 +30,10 @@ constexpr int64_t TILE = 16;
 constexpr int64_t STEP_ELEMENTS = PANEL * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of x, which should stay in the second-level cache
 
-// Scratch memory of the calling thread, which only grows.
+// Scratch memory of the calling thread, which only grows; one for each purpose.
+enum Purpose { ROWS_IN_TILES, SUMS };
+
+template <Purpose>
 void* scratch(size_t bytes) {
     static thread_local void* memory = nullptr;
     static thread_local size_t size = 0;
@@ -40,28 +48,75 @@ void* scratch(size_t bytes) {
 struct Matrix {
     const void* packed;
     const void* bias;
-    int64_t n, k;
+    int64_t n, k, is_gated;
+
+    int64_t num_panels() const { return is_gated ? ceil_div(n / 2, TILE) : ceil_div(n, PANEL); }
+
+    // Of the 32 rows of a panel the one that is at `column`; -1: none.
+    int64_t row_at(int64_t panel, int64_t column) const {
+        int64_t row = is_gated ? panel * TILE + column % TILE : panel * PANEL + column;
+        if (row >= (is_gated ? n / 2 : n)) return -1;
+        return is_gated ? row + column / TILE * (n / 2) : row;
+    }
+
+    int64_t panel_of(int64_t row) const { return is_gated ? row % (n / 2) / TILE : row / PANEL; }
+    int64_t column_of(int64_t row) const {
+        return is_gated ? row % (n / 2) % TILE + row / (n / 2) * TILE : row % PANEL;
+    }
 };
 
 struct Product : Matrix {
     const void* x;
     int64_t num_rows, x_stride;
+    Activation activation;
+    const void* residual;  // of the shape of the result; none where there is an activation
     void* out;
 };
 
 template <class T>
+INLINE floats with_bias(const Product& p, floats sum, int64_t column, int64_t count) {
+    return p.bias ? sum + load_some((const T*)p.bias + column, count) : sum;
+}
+
+template <class T>
+INLINE void put(const Product& p, floats value, int64_t place, int64_t count) {
+    if (p.residual) value = rounded((const T*)nullptr, value) + load_some((const T*)p.residual + place, count);
+    store_some((T*)p.out + place, value, count);
+}
+
+// Sums of a row for the columns of a panel.
+template <class T>
 INLINE void finish(floats left, floats right, const Product& p, int64_t row, int64_t panel) {
-    int64_t first = panel * PANEL, count = std::min(PANEL, p.n - first);
-    T* to = (T*)p.out + row * p.n + first;
-    const T* bias = p.bias ? (const T*)p.bias + first : nullptr;
-    if (count == PANEL) {
-        if (bias) left += load(bias), right += load(bias + LANES);
-        store(to, left), store(to + LANES, right);
+    const T* like = nullptr;
+    int64_t half = p.n / 2, first = panel * (p.is_gated ? TILE : PANEL), second = first + (p.is_gated ? half : TILE);
+    int64_t count_left = std::min(TILE, (p.is_gated ? half : p.n) - first);
+    int64_t count_right = p.is_gated ? count_left : std::max<int64_t>(std::min(TILE, p.n - second), 0);
+    left = with_bias<T>(p, left, first, count_left);
+    if (count_right) right = with_bias<T>(p, right, second, count_right);
+    if (p.activation == NONE || !p.is_gated) {
+        if (p.activation != NONE) left = activated(p.activation, rounded(like, left)), right = activated(p.activation, rounded(like, right));
+        put<T>(p, left, row * p.n + first, count_left);
+        if (count_right) put<T>(p, right, row * p.n + second, count_right);
         return;
     }
-    int64_t count_right = std::max<int64_t>(count - LANES, 0), count_left = count - count_right;
-    if (bias) left += load_first(bias, count_left), right += load_first(bias + count_left, count_right);
-    store_first(to, left, count_left), store_first(to + count_left, right, count_right);
+    floats gate = rounded(like, activated(p.activation, rounded(like, left)));
+    put<T>(p, gate * rounded(like, right), row * half + first, count_left);
+}
+
+// Neighbouring panels that a thread takes at a time: it reads on where it is, and the end comes for all at once.
+constexpr int64_t MOST_PANELS = 8, TURNS = 4;
+
+template <class Work>
+void for_panels(int64_t num_panels, const Work& work) {
+    int64_t size = std::max<int64_t>(std::min(MOST_PANELS, num_panels / (TURNS * num_threads())), 1);
+    in_parallel(ceil_div(num_panels, size), [&](Pieces& pieces) {
+        work([&](auto&& multiply) {
+            for (int64_t piece; pieces.next(piece);)
+                for (int64_t panel = piece * size, end = std::min(panel + size, num_panels); panel < end; ++panel)
+                    // behind the last one of a piece this thread's next piece is the one after the next, most likely
+                    multiply(panel, panel + 1 < end ? panel + 1 : panel + 1 + (num_threads() - 1) * size);
+        });
+    });
 }
 
 // float32, and bfloat16 without tiles: some rows of x at a time against one panel, sums in registers.
@@ -147,13 +202,15 @@ int64_t rows_at_a_time(int64_t bytes_per_row, int64_t unit) {
 
 template <class T>
 void multiply_with_vectors(const Product& p) {
-    int64_t num_panels = ceil_div(p.n, PANEL), most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS);
+    int64_t most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS);
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t end = std::min(begin + most, p.num_rows);
-        for_each_in_parallel(num_panels, [&](int64_t panel) {
-            const T* packed = (const T*)p.packed + panel * panel_elements<T>(p.k);
-            for (int64_t row = begin; row < end; row += MOST_ROWS)
-                last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed);
+        for_panels(p.num_panels(), [&](auto&& for_each) {
+            for_each([&](int64_t panel, int64_t) {
+                const T* packed = (const T*)p.packed + panel * panel_elements<T>(p.k);
+                for (int64_t row = begin; row < end; row += MOST_ROWS)
+                    last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed);
+            });
         });
     }
 }
@@ -178,22 +235,32 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
     _tile_loadconfig(&config);
 }
 
-constexpr int64_t PREFETCH_STEPS = 8;
+constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
+constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
+constexpr int64_t LINE = 64;
 
-INLINE void prefetch(const bf16* from) {
-    for (int64_t line = 0; line < STEP_ELEMENTS; line += 32) _mm_prefetch((const char*)(from + line), _MM_HINT_T0);
+INLINE void prefetch(const char* from, int64_t num_lines) {
+    for (int64_t line = 0; line < num_lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
 }
 
-template <bool HAS_LOWER>
-INLINE void tiles_by_panel(const bf16* upper, const bf16* lower, const bf16* packed, int64_t num_steps, float* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (HAS_LOWER) {
-        _tile_zero(2);
-        _tile_zero(3);
+// Steps of a panel, whose sums [32][32] begin at zero or where they were left.
+template <bool HAS_LOWER, class BeforeStep>
+INLINE void add_steps(const bf16* upper, const bf16* lower, const bf16* packed, int64_t num_steps, bool is_first,
+                      float* sums, const BeforeStep& before_step) {
+    constexpr int64_t STRIDE = PANEL * sizeof(float);
+    if (is_first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (HAS_LOWER) _tile_zero(2);
+        if (HAS_LOWER) _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, STRIDE);
+        _tile_loadd(1, sums + TILE, STRIDE);
+        if (HAS_LOWER) _tile_loadd(2, sums + TILE * PANEL, STRIDE);
+        if (HAS_LOWER) _tile_loadd(3, sums + TILE * PANEL + TILE, STRIDE);
     }
     for (int64_t step = 0; step < num_steps; ++step, packed += STEP_ELEMENTS) {
-        prefetch(packed + PREFETCH_STEPS * STEP_ELEMENTS);
+        before_step(step);
         _tile_loadd(4, upper + step * TILE * STEP, 64);
         _tile_loadd(6, packed, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -204,11 +271,15 @@ INLINE void tiles_by_panel(const bf16* upper, const bf16* lower, const bf16* pac
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + TILE, 128);
-    if (!HAS_LOWER) return;
-    _tile_stored(2, sums + TILE * PANEL, 128);
-    _tile_stored(3, sums + TILE * PANEL + TILE, 128);
+    _tile_stored(0, sums, STRIDE);
+    _tile_stored(1, sums + TILE, STRIDE);
+    if (HAS_LOWER) _tile_stored(2, sums + TILE * PANEL, STRIDE);
+    if (HAS_LOWER) _tile_stored(3, sums + TILE * PANEL + TILE, STRIDE);
+}
+
+void finish_rows(const Product& p, const float* sums, int64_t first, int64_t count, int64_t panel) {
+    for (int64_t row = 0; row < count; ++row, sums += PANEL)
+        finish<bf16>(load(sums), load(sums + LANES), p, first + row, panel);
 }
 
 void lay_out_rows(const Product& p, int64_t first, int64_t count, int64_t num_steps, bf16* to) {
@@ -223,83 +294,112 @@ void lay_out_rows(const Product& p, int64_t first, int64_t count, int64_t num_st
     }
 }
 
-// All rows of a block against one panel.
-void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* x, int64_t panel, int64_t num_steps) {
-    const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
-    int64_t tile_rows = num_steps * TILE * STEP;
-    for (int64_t row = 0; row < count; row += 2 * TILE) {
-        int64_t upper = std::min(TILE, count - row), lower = std::min(TILE, count - row - upper);
-        if (row == 0 || upper + lower < 2 * TILE) configure(upper, lower);
+// Up to 32 rows, which every thread lays out for itself: that takes no longer than to wait for others.
+template <bool HAS_LOWER>
+void multiply_few(const Product& p) {
+    int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP, panel_size = num_steps * STEP_ELEMENTS;
+    int64_t upper = std::min(TILE, p.num_rows), lower = p.num_rows - upper, ahead = std::min(AHEAD, num_steps);
+    const bf16* packed = (const bf16*)p.packed;
+    for_panels(p.num_panels(), [&](auto&& for_each) {
+        bf16* x = (bf16*)scratch<ROWS_IN_TILES>(2 * tile_rows * sizeof(bf16));
+        lay_out_rows(p, 0, upper, num_steps, x);
+        lay_out_rows(p, TILE, lower, num_steps, x + tile_rows);
+        configure(upper, lower);
         alignas(64) float sums[2 * TILE * PANEL];
-        const bf16* tiles = x + row / TILE * tile_rows;
-        if (lower) tiles_by_panel<true>(tiles, tiles + tile_rows, packed, num_steps, sums);
-        else tiles_by_panel<false>(tiles, nullptr, packed, num_steps, sums);
-        for (int64_t each = 0; each < upper + lower; ++each) {
-            const float* sum = sums + each * PANEL;
-            finish<bf16>(load(sum), load(sum + LANES), p, begin + row + each, panel);
+        for_each([&](int64_t panel, int64_t next) {
+            const bf16 *from = packed + panel * panel_size, *coming = packed + next * panel_size;
+            add_steps<HAS_LOWER>(x, x + tile_rows, from, num_steps, true, sums, [&](int64_t step) {
+                int64_t at = step + ahead;
+                const bf16* wanted = at < num_steps ? from + at * STEP_ELEMENTS : coming + (at - num_steps) * STEP_ELEMENTS;
+                prefetch((const char*)wanted, STEP_ELEMENTS * sizeof(bf16) / LINE);
+            });
+            finish_rows(p, sums, 0, p.num_rows, panel);
+        });
+        _tile_release();
+    });
+}
+
+// All rows of a block against one panel, some steps at a time. What comes next is called from memory bit by bit.
+void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* x, int64_t num_steps, int64_t panel,
+                    int64_t next, float* sums) {
+    const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
+    const bf16* coming = (const bf16*)p.packed + next * num_steps * STEP_ELEMENTS;
+    int64_t tile_rows = num_steps * TILE * STEP, num_pairs = ceil_div(count, 2 * TILE);
+    auto nothing = [](int64_t) {};
+    for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE) {
+        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step;
+        const char* wanted = (const char*)(end < num_steps ? packed + end * STEP_ELEMENTS : coming);
+        int64_t lines = ceil_div(STEPS_AT_ONCE * STEP_ELEMENTS * sizeof(bf16) / LINE, num_pairs);
+        const bf16 *weights = packed + step * STEP_ELEMENTS, *upper = x + step * TILE * STEP;
+        for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, wanted += lines * LINE) {
+            prefetch(wanted, lines);
+            float* own = sums + row * PANEL;
+            if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, weights, num, step == 0, own, nothing);
+            else add_steps<false>(upper, nullptr, weights, num, step == 0, own, nothing);
+            if (end == num_steps) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
         }
     }
 }
 
-void multiply_with_tiles(const Product& p) {
-    int64_t num_panels = ceil_div(p.n, PANEL), num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
+void multiply_many(const Product& p) {
+    int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
     int64_t most = rows_at_a_time(num_steps * STEP * sizeof(bf16), 2 * TILE);
-    bf16* x = (bf16*)scratch(ceil_div(std::min(most, p.num_rows), TILE) * tile_rows * sizeof(bf16));
+    bf16* x = (bf16*)scratch<ROWS_IN_TILES>(ceil_div(std::min(most, p.num_rows), TILE) * tile_rows * sizeof(bf16));
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t count = std::min(most, p.num_rows - begin);
         for_each_in_parallel(ceil_div(count, TILE), [&](int64_t tile) {
             lay_out_rows(p, begin + tile * TILE, std::min(TILE, count - tile * TILE), num_steps, x + tile * tile_rows);
         });
-        in_parallel(num_panels, [&](Pieces& panels) {
-            for (int64_t panel; panels.next(panel);) multiply_panel(p, begin, count, x, panel, num_steps);
+        for_panels(p.num_panels(), [&](auto&& for_each) {
+            // what lies behind the last row of a tile comes to nothing but sums that nobody reads
+            configure(TILE, TILE);
+            float* sums = (float*)scratch<SUMS>(ceil_div(count, 2 * TILE) * 2 * TILE * PANEL * sizeof(float));
+            for_each([&](int64_t panel, int64_t next) { multiply_panel(p, begin, count, x, num_steps, panel, next, sums); });
             _tile_release();
         });
     }
 }
 
-#endif
-
-void pack_panel(const float* from, int64_t count, int64_t k, int64_t stride, float* to) {
-    for (int64_t at = 0; at < k; ++at)
-        for (int64_t column = 0; column < PANEL; ++column)
-            to[at * PANEL + column] = column < count ? from[column * stride + at] : 0.0f;
+void multiply_with_tiles(const Product& p) {
+    if (p.num_rows > 2 * TILE) multiply_many(p);
+    else if (p.num_rows > TILE) multiply_few<true>(p);
+    else if (p.num_rows) multiply_few<false>(p);
 }
 
-int64_t place_of(int64_t column, int64_t at) {
+#endif
+
+int64_t place_of(const float*, int64_t column, int64_t at) { return at * PANEL + column; }
+
+int64_t place_of(const bf16*, int64_t column, int64_t at) {
     int64_t step = at / STEP, within = at % STEP;
     return step * STEP_ELEMENTS + column / TILE * TILE * STEP + within / 2 * STEP + column % TILE * 2 + within % 2;
 }
 
-void pack_panel(const bf16* from, int64_t count, int64_t k, int64_t stride, bf16* to) {
-    memset(to, 0, panel_elements<bf16>(k) * sizeof(bf16));
-    for (int64_t column = 0; column < count; ++column)
-        for (int64_t at = 0; at < k; ++at) to[place_of(column, at)] = from[column * stride + at];
-}
-
 template <class T>
-void pack(const T* from, int64_t n, int64_t k, int64_t stride, T* to) {
-    for_each_in_parallel(ceil_div(n, PANEL), [&](int64_t panel) {
-        pack_panel(from + panel * PANEL * stride, std::min(PANEL, n - panel * PANEL), k, stride,
-                   to + panel * panel_elements<T>(k));
+void pack(const Matrix& matrix, const T* from, int64_t stride, T* to) {
+    for_each_in_parallel(matrix.num_panels(), [&](int64_t panel) {
+        T* own = to + panel * panel_elements<T>(matrix.k);
+        memset(own, 0, panel_elements<T>(matrix.k) * sizeof(T));
+        for (int64_t column = 0; column < PANEL; ++column) {
+            int64_t row = matrix.row_at(panel, column);
+            for (int64_t at = 0; row >= 0 && at < matrix.k; ++at) own[place_of(own, column, at)] = from[row * stride + at];
+        }
     });
 }
-
-int64_t place_of_element(const float*, int64_t column, int64_t at) { return at * PANEL + column; }
-int64_t place_of_element(const bf16*, int64_t column, int64_t at) { return place_of(column, at); }
 
 template <class T>
 void unpack_rows(const Matrix& matrix, const int64_t* rows, int64_t count, T* out) {
     for_each_in_parallel(count, [&](int64_t index) {
-        const T* panel = (const T*)matrix.packed + rows[index] / PANEL * panel_elements<T>(matrix.k);
-        for (int64_t at = 0; at < matrix.k; ++at)
-            out[index * matrix.k + at] = panel[place_of_element(panel, rows[index] % PANEL, at)];
+        const T* panel = (const T*)matrix.packed + matrix.panel_of(rows[index]) * panel_elements<T>(matrix.k);
+        int64_t column = matrix.column_of(rows[index]);
+        for (int64_t at = 0; at < matrix.k; ++at) out[index * matrix.k + at] = panel[place_of(panel, column, at)];
     });
 }
 
 }  // namespace
 
-EXPORT int64_t inferfleet_packed_elements_f32(int64_t n, int64_t k) { return ceil_div(n, PANEL) * panel_elements<float>(k); }
-EXPORT int64_t inferfleet_packed_elements_bf16(int64_t n, int64_t k) { return ceil_div(n, PANEL) * panel_elements<bf16>(k); }
+EXPORT int64_t inferfleet_packed_elements_f32(const Matrix* matrix) { return matrix->num_panels() * panel_elements<float>(matrix->k); }
+EXPORT int64_t inferfleet_packed_elements_bf16(const Matrix* matrix) { return matrix->num_panels() * panel_elements<bf16>(matrix->k); }
 
 // Ask for large pages, where the system gives them to those who ask: what is read from end to end in every step should not
 // be looked up every 4 KB.
@@ -309,16 +409,20 @@ EXPORT void inferfleet_prefer_large_pages(char* memory, int64_t size) {
     if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
 }
 
-EXPORT void inferfleet_pack_f32(const float* from, int64_t n, int64_t k, int64_t stride, float* to) { pack(from, n, k, stride, to); }
-EXPORT void inferfleet_pack_bf16(const bf16* from, int64_t n, int64_t k, int64_t stride, bf16* to) { pack(from, n, k, stride, to); }
+// From rows that are `stride` elements apart to what `packed` of a matrix points to.
+EXPORT void inferfleet_pack_f32(const Matrix* matrix, const float* from, int64_t stride, float* to) { pack(*matrix, from, stride, to); }
+EXPORT void inferfleet_pack_bf16(const Matrix* matrix, const bf16* from, int64_t stride, bf16* to) { pack(*matrix, from, stride, to); }
 
-// x [num_rows, k], of which rows are x_stride elements apart; out [num_rows, n].
-EXPORT void inferfleet_multiply_f32(const Matrix* matrix, const float* x, int64_t num_rows, int64_t x_stride, float* out) {
-    multiply_with_vectors<float>({*matrix, x, num_rows, x_stride, out});
+// x [num_rows, k], of which rows are x_stride elements apart; out [num_rows, n], or of a gated matrix with an activation
+// [num_rows, n / 2].
+EXPORT void inferfleet_multiply_f32(const Matrix* matrix, const float* x, int64_t num_rows, int64_t x_stride, int64_t activation,
+                                    const float* residual, float* out) {
+    multiply_with_vectors<float>({*matrix, x, num_rows, x_stride, (Activation)activation, residual, out});
 }
 
-EXPORT void inferfleet_multiply_bf16(const Matrix* matrix, const bf16* x, int64_t num_rows, int64_t x_stride, bf16* out) {
-    Product product{*matrix, x, num_rows, x_stride, out};
+EXPORT void inferfleet_multiply_bf16(const Matrix* matrix, const bf16* x, int64_t num_rows, int64_t x_stride, int64_t activation,
+                                     const bf16* residual, bf16* out) {
+    Product product{*matrix, x, num_rows, x_stride, (Activation)activation, residual, out};
 #ifdef __AMX_BF16__
     multiply_with_tiles(product);
 #else
