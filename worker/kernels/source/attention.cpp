@@ -33,6 +33,7 @@ constexpr int64_t GROUPS = BLOCK / LANES;
 constexpr int64_t UNITS = TILE * TILE;
 constexpr int64_t MOST_ROWS = 256;        // of an item: what is laid out of keys and values serves so many
 constexpr int64_t MOST_SPLIT_ROWS = 64;   // of an item whose segments may go to different threads
+constexpr int64_t MOST_HEADS = 8;         // of an item that has one tile of rows for each
 constexpr int64_t SERIAL_WORK = 1 << 16;  // elements of keys that are not worth waking other threads
 constexpr float LOG2_E = 1.44269504f;
 constexpr float INFINITE = __builtin_inff();
@@ -80,6 +81,12 @@ struct State {
     State(float* memory, int64_t rows, int64_t columns)
         : sums(memory), weights(memory + rows * columns), largest(memory + rows * (columns + LANES)) {}
 
+    State from_row(int64_t row, int64_t columns) const {
+        State state;
+        state.sums = sums + row * columns, state.weights = weights + row * LANES, state.largest = largest + row;
+        return state;
+    }
+
     void reset(int64_t rows, int64_t columns) {
         memset(sums, 0, rows * columns * sizeof(float));
         memset(weights, 0, rows * LANES * sizeof(float));
@@ -87,10 +94,12 @@ struct State {
     }
 };
 
-// Queries first .. first + count of a row, for the heads that share one of keys; of their keys the segments from
-// `segment` on. With `partial` one segment alone, whose sums are left there.
+// Queries first .. first + count of a row, for the heads that share those of keys from `head` on; of their keys the
+// segments from `segment` on. With `partial` one segment of one head alone, whose sums are left there.
+//
+// Some heads are one item because their keys are neighbours in memory: what is read together can be called together.
 struct Item {
-    int64_t row, head, first, count, token, segment, num_segments;
+    int64_t row, head, num_heads, first, count, token, segment, num_segments;
     float* partial;
 };
 
@@ -246,7 +255,7 @@ INLINE uints unit_of(const bf16* const* rows, int64_t first) {
     halves even, odd;
     memcpy(&even, rows[0] + first, sizeof even);
     memcpy(&odd, rows[1] + first, sizeof odd);
-    return __builtin_convertvector(even, uints) | (__builtin_convertvector(odd, uints) << 16);
+    return wide(even) | (wide(odd) << 16);
 }
 
 // Products without tiles: some rows at a time, sums in registers.
@@ -534,16 +543,27 @@ struct Scratch {
     }
 };
 
-template <class E>
-void prefetch(const Call& call, const Places& places, int64_t first) {
-    for (int64_t key = first; key < std::min(first + LANES, places.count); ++key)
-        for (int64_t line = 0; line < call.head_bytes; line += 64) {
-            _mm_prefetch(call.keys + places.at[key] + line, _MM_HINT_T0);
-            _mm_prefetch(call.values + places.at[key] + line, _MM_HINT_T0);
+// Call from memory the keys and values of some tokens for heads that take `size` bytes together.
+void prefetch(const Call& call, const Places& places, int64_t first, int64_t end, int64_t size) {
+    for (int64_t key = first; key < std::min(end, places.count); ++key)
+        for (int64_t line = 0; line < size; line += 64) {
+            _mm_prefetch(call.keys + places.at[key] + line, _MM_HINT_T1);
+            _mm_prefetch(call.values + places.at[key] + line, _MM_HINT_T1);
         }
 }
 
-// Pointers to the elements of a block's tokens; to zeros behind the last one.
+// What is to be called while the keys of one head are laid out: the share of the `part`-th of so many heads.
+struct Coming {
+    const Places& places;
+    int64_t part, num_parts, size;
+
+    void call_some(const Call& call, int64_t group) const {
+        int64_t steps = GROUPS * num_parts, step = part * GROUPS + group;
+        prefetch(call, places, step * BLOCK / steps, (step + 1) * BLOCK / steps, size);
+    }
+};
+
+// Pointers to the elements of a block's tokens, of which the first head is at `pages`; to zeros behind the last one.
 template <class E>
 void gather(const Call& call, const char* pages, const Places& places, int64_t end, Scratch<E>& own,
             const typename E::Element** rows) {
@@ -558,20 +578,20 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
     for (int64_t key = places.count; key < end; ++key) rows[key] = own.zeros;
 }
 
-// Lay out a block's keys and values; what comes next is called from memory meanwhile.
+// Lay out a block's keys and values of one head, `offset` bytes behind the first one's.
 template <class E>
-void lay_out(const Call& call, const Places& places, const Places& next, Scratch<E>& own) {
+void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, Scratch<E>& own) {
     const typename E::Element* rows[BLOCK];
     int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
-    gather(call, call.keys, places, end, own, rows);
+    gather(call, call.keys + offset, places, end, own, rows);
     for (int64_t group = 0; group < num_groups; ++group) {
         for (int64_t block = 0; block < own.num_units / TILE; ++block)
             transpose((const uint32_t* const*)rows + group * LANES, block * TILE,
                       own.keys + (block * GROUPS + group) * UNITS);
-        prefetch<E>(call, next, group * LANES);
+        coming.call_some(call, group);
     }
-    for (int64_t first = num_groups * LANES; first < next.count; first += LANES) prefetch<E>(call, next, first);
-    gather(call, call.values, places, end, own, rows);
+    for (int64_t group = num_groups; group < GROUPS; ++group) coming.call_some(call, group);
+    gather(call, call.values + offset, places, end, own, rows);
     for (int64_t key = 0; key < end; key += E::PER_UNIT)
         for (int64_t column = 0; column < own.columns; column += LANES) {
             int64_t unit = key / E::PER_UNIT, block = unit / TILE * own.columns / LANES + column / LANES;
@@ -682,22 +702,24 @@ INLINE void copy_head(const Q* from, int64_t head_dim, int64_t size, Element* to
     }
 }
 
+// Those of one head of keys, from the row `base` of what is laid out on.
 template <class Q, class E>
-void load_queries(const Call& call, const Item& item, int64_t num_tiles, Scratch<E>& own) {
+void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t base, int64_t num_tiles, Scratch<E>& own) {
     using Element = typename E::Element;
     const Layer& layer = call.layer;
     int64_t tile_units = TILE * own.num_units;
-    memset(own.queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
+    uint32_t* queries = own.queries + base * own.num_units;
+    memset(queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
     for (int64_t row = 0; row < item.count * call.group; ++row) {
-        int64_t query = item.first + row / call.group, head = item.head * call.group + row % call.group;
+        int64_t query = item.first + row / call.group, head = kv_head * call.group + row % call.group;
         const Q* from = (const Q*)(call.queries + (item.token + row / call.group) * call.query_stride) + head * layer.head_dim;
-        uint32_t* to = own.queries + row / TILE * tile_units + row % TILE * TILE;
+        uint32_t* to = queries + row / TILE * tile_units + row % TILE * TILE;
         for (int64_t unit = 0; unit < own.num_units; unit += TILE, to += UNITS) {
             int64_t first = unit * E::PER_UNIT, left = layer.head_dim - first;
             copy_head(from + first, left, TILE * E::PER_UNIT, (Element*)to, LANES);
         }
         int64_t position = call.batch.starts[item.row] + query;
-        Row& seen = own.rows[row];
+        Row& seen = own.rows[base + row];
         seen.high = call.batch.num_keys ? call.batch.num_keys[item.row] : position + 1;
         seen.low = std::max(position + 1 - layer.window, (int64_t)0);
         if (call.batch.num_keys) seen.low = 0;
@@ -708,10 +730,10 @@ void load_queries(const Call& call, const Item& item, int64_t num_tiles, Scratch
 }
 
 template <class Q>
-void finish(const Call& call, const Item& item, const State& state) {
+void finish(const Call& call, const Item& item, int64_t kv_head, const State& state) {
     const Layer& layer = call.layer;
     for (int64_t row = 0; row < item.count * call.group; ++row) {
-        int64_t head = item.head * call.group + row % call.group;
+        int64_t head = kv_head * call.group + row % call.group;
         Q* out = (Q*)call.out + ((item.token + row / call.group) * layer.num_heads + head) * layer.head_dim;
         floats total = all(sum(load(state.weights + row * LANES)));
         for (int64_t column = 0; column < layer.head_dim; column += LANES) {
@@ -743,16 +765,15 @@ void find_block(const Call& call, const Item& item, int64_t block, Places& place
 }
 
 template <class E>
-void run_block(const Call& call, int64_t first_key, int64_t num_rows, int64_t num_seen, Scratch<E>& own) {
-    for (int64_t first = 0; first < num_rows; first += TILE) {
-        int64_t count = std::min(TILE, num_rows - first);
+void run_block(const Call& call, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen, Scratch<E>& own) {
+    for (int64_t first = base; first < base + num_rows; first += TILE) {
+        int64_t count = std::min(TILE, base + num_rows - first);
         const Row* rows = own.rows.data() + first;
         // positions ascend with rows
         int64_t end = std::min<int64_t>(rows[count - 1].high - first_key, num_seen);
         if (end <= 0 || rows[0].low >= first_key + BLOCK) continue;
         int64_t num_groups = ceil_div(end, LANES);
-        State state = own.state;
-        state.sums += first * own.columns, state.weights += first * LANES, state.largest += first;
+        State state = own.state.from_row(first, own.columns);
         float factors[TILE];
         E::score(own.queries + first * own.num_units, own.keys, own.num_units, count, num_groups, own.scores);
         soften<E>(call.layer, rows, count, first_key, num_groups, own.scores, own.weights, state, factors);
@@ -763,23 +784,36 @@ void run_block(const Call& call, int64_t first_key, int64_t num_rows, int64_t nu
 template <class Q, class E>
 void run_item(const Call& call, const Item& item, const Item* next_item, Places& places, Scratch<E>& own) {
     int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
-    load_queries<Q, E>(call, item, num_tiles, own);
+    int64_t head_rows = num_tiles * TILE;
+    for (int64_t head = 0; head < item.num_heads; ++head)
+        load_queries<Q, E>(call, item, item.head + head, head * head_rows, num_tiles, own);
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
-        own.state.reset(num_tiles * TILE, own.columns);
+        own.state.reset(item.num_heads * head_rows, own.columns);
         int64_t end_block = ceil_div(std::min((segment + 1) * SEGMENT, end), BLOCK);
         for (; block < end_block; ++block) {
             Places next;
             if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
-            lay_out(call, places, next, own);
-            run_block(call, block * BLOCK, num_rows, std::min(BLOCK, end - block * BLOCK), own);
+            for (int64_t head = 0; head < item.num_heads; ++head) {
+                Coming coming{next, head, item.num_heads, item.num_heads * call.head_bytes};
+                lay_out(call, places, head * call.head_bytes, coming, own);
+                run_block(call, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK), own);
+            }
             places = next;
         }
-        if (segment == item.segment) std::swap(own.state, own.total);
-        else merge(own.total, own.state, num_rows, own.columns);
+        if (segment == item.segment) {
+            std::swap(own.state, own.total);
+            continue;
+        }
+        for (int64_t row = 0; row < item.num_heads * head_rows; row += head_rows)
+            merge(own.total.from_row(row, own.columns), own.state.from_row(row, own.columns), num_rows, own.columns);
     }
-    if (!item.partial) return finish<Q>(call, item, own.total);
+    if (!item.partial) {
+        for (int64_t head = 0; head < item.num_heads; ++head)
+            finish<Q>(call, item, item.head + head, own.total.from_row(head * head_rows, own.columns));
+        return;
+    }
     State kept(item.partial, num_rows, own.columns);
     memcpy(kept.sums, own.total.sums, num_rows * own.columns * sizeof(float));
     memcpy(kept.weights, own.total.weights, num_rows * LANES * sizeof(float));
@@ -802,7 +836,7 @@ void add_items(const Call& call, int64_t queries_at_once, std::vector<Item>& blo
     for (int64_t row = 0; row < call.batch.num_rows; ++row)
         for (int64_t first = 0, all = call.batch.num_queries[row]; first < all; first += queries_at_once) {
             int64_t count = std::min(queries_at_once, all - first);
-            blocks.push_back({row, 0, first, count, token, 0, 1, nullptr});
+            blocks.push_back({row, 0, 1, first, count, token, 0, 1, nullptr});
             token += count;
         }
     std::stable_sort(blocks.begin(), blocks.end(),
@@ -818,16 +852,19 @@ void plan(const Call& call, int64_t num_threads, Plan& made) {
     rows = std::min(std::max(rows, TILE), MOST_ROWS);
     add_items(call, std::max(rows / call.group, (int64_t)1), blocks);
     for (const Item& block : blocks) work += work_of(call, block) * num_heads;
-    int64_t partial = 0;
+    int64_t partial = 0, heads_at_once = (int64_t)blocks.size() * num_heads / (4 * num_threads);
+    heads_at_once = std::max(std::min(heads_at_once, MOST_HEADS), (int64_t)1);
     made.most_rows = 0;
     for (Item item : blocks) {
         int64_t end = end_key(call, item), num_rows = item.count * call.group;
         item.segment = first_key(call, item) / SEGMENT;
         item.num_segments = ceil_div(end, SEGMENT) - item.segment;
-        made.most_rows = std::max(made.most_rows, ceil_div(num_rows, TILE) * TILE);
         bool is_split = num_threads > 1 && item.num_segments > 1 && num_rows <= MOST_SPLIT_ROWS &&
                         work_of(call, item) * 2 * num_threads > work;
-        for (item.head = 0; item.head < num_heads; ++item.head) {
+        int64_t most_heads = is_split || num_rows > TILE ? 1 : heads_at_once;
+        made.most_rows = std::max(made.most_rows, ceil_div(num_rows, TILE) * TILE * most_heads);
+        for (item.head = 0; item.head < num_heads; item.head += most_heads) {
+            item.num_heads = std::min(most_heads, num_heads - item.head);
             if (!is_split) {
                 made.items.push_back(item);
                 continue;
@@ -859,7 +896,7 @@ void finish_split(const Call& call, const Item& item) {
     for (int64_t segment = 1; segment < item.num_segments; ++segment)
         merge(total, State(item.partial + segment * State::size(num_rows, call.columns), num_rows, call.columns), num_rows,
               call.columns);
-    finish<Q>(call, item, total);
+    finish<Q>(call, item, item.head, total);
 }
 
 template <class Q, class E>

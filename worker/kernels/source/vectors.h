@@ -36,7 +36,16 @@ INLINE floats load(const float* from) {
     return found;
 }
 
-INLINE floats widen(halves bits) { return (floats)(__builtin_convertvector(bits, uints) << 16); }
+// The compiler would do this in two parts, and put them together again.
+INLINE uints wide(halves bits) {
+#ifdef __AVX512F__
+    return (uints)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+    return __builtin_convertvector(bits, uints);
+#endif
+}
+
+INLINE floats widen(halves bits) { return (floats)(wide(bits) << 16); }
 
 INLINE floats load(const bf16* from) {
     halves found;
