@@ -27,10 +27,10 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 log = logging.getLogger(__name__)
 
 
-def wait_as_workers_do(threads: int = 0) -> None:
-    """Give this process the environment that an agent gives its engine of so many threads (0: all cores). torch reads
-    it when it is imported; its threads would spin beside the kernels' own."""
-    environment = thread_environment(threads)
+def wait_as_workers_do(threads: int = 0, num_ranks: int = 1) -> None:
+    """Give this process, and ranks that it starts, the environment that an agent gives its engine of so many threads
+    (0: all cores). torch reads it when it is imported; its threads would spin beside the kernels' own."""
+    environment = thread_environment(threads, num_ranks)
     if "torch" not in sys.modules:
         os.environ.update(environment)
     elif os.environ.get(WAIT_POLICY) != environment.get(WAIT_POLICY):
@@ -56,7 +56,7 @@ class OfflineEngine:
     """Around a device of its own, or one that was `loaded` before, which others may use between runs."""
 
     def __init__(self, settings: WorkerSettings, loaded: tuple[TorchDevice, Ready] | None = None) -> None:
-        wait_as_workers_do(settings.threads)
+        wait_as_workers_do(settings.threads, settings.ranks_per_node)
         # not above: torch is to find that environment
         from worker.runner.load import load_device
 

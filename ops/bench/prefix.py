@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.settings import WorkerSettings
+from ops.bench.about import about, caption
 from ops.bench.roofline import Machine, RateMeter, best, step_work
 from ops.bench.serving_cost import running_fleet
 from ops.bench.speculation import CONFIG, TINY, submit
@@ -168,10 +169,11 @@ def in_process(folder: Path, sizes: Sizes, rounds: int) -> tuple[list[Round], Ma
     room = 4 * sizes.num_total(rounds)
     options: dict[str, Any] = {"load_format": "dummy", "dtype": "bfloat16", "block_size": BLOCK_SIZE}
     settings = WorkerSettings(model_id=str(folder), kv_tokens=room, threads=sizes.threads, **options)
-    ask, measure, machines, found = asker_of(OfflineEngine(settings)), RateMeter(), list[Machine](), list[Round]()
+    ask, meter = asker_of(OfflineEngine(settings)), RateMeter(is_short=sizes is SHORT)
+    machines, found = list[Machine](), list[Round]()
     for number in range(rounds + 1):
         found.append(hold_chat(ask, sizes, number))
-        machines.append(measure())
+        machines.append(meter())
     return found[1:], best(machines)
 
 
@@ -311,7 +313,7 @@ def table(found: dict[str, Any]) -> str:
         ratios += [_ratio_row(where, rounds, found)] if rounds else []
     searches = ["", "| a scheduler takes a prompt in and plans its step | µs |", "|---|---|"]
     searches += [f"| {name} | {value:.0f} |" for name, value in found["search_us"].items()]
-    return "\n".join([*lines, *ratios, *searches])
+    return "\n".join([caption(found["about"]), "", *lines, *ratios, *searches])
 
 
 def _named(rounds: Sequence[Round]) -> Iterator[tuple[str, list[Probe]]]:
@@ -382,7 +384,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(sizes.config))
         rounds, machine = in_process(folder, sizes, options.rounds)
-        found: dict[str, Any] = {"config": sizes.config, "machine": asdict(machine)}
+        found: dict[str, Any] = {"about": about(options.rounds), "config": sizes.config}
+        found["machine"] = asdict(machine)
         found[IN_PROCESS] = [asdict(one) for one in rounds]
         if options.http:
             found[OVER_HTTP] = [asdict(one) for one in over_http(folder, sizes, options.rounds)]

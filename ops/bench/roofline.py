@@ -13,7 +13,8 @@ from typing import Any
 
 NUM_READ_BYTES = 1 << 28
 """Far more than any cache holds."""
-PEAK_SIZE = 2048
+SHORT_READ_BYTES = 1 << 20
+PEAK_SIZE, SHORT_PEAK_SIZE = 2048, 64
 REPEATS = 5
 
 
@@ -75,9 +76,10 @@ def decode_work(config: dict[str, Any], batch: int, context: int, num_bytes: int
 
 class RateMeter:
     """Measures what the machine can do with torch's number of threads, anew whenever it is asked: rates move with the
-    host. The better of torch and of the kernels counts: no step may look better than what is possible."""
+    host. The better of torch and of the kernels counts: no step may look better than what is possible. With `is_short`
+    the figures mean nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_short: bool = False) -> None:
         import torch
 
         from worker.kernels.build import load_library
@@ -87,10 +89,10 @@ class RateMeter:
         library = load_library()
         if library is not None:
             library.inferfleet_set_threads(torch.get_num_threads())
-        num_out = NUM_READ_BYTES // 2 // PEAK_SIZE
+        self._num_bytes = SHORT_READ_BYTES if is_short else NUM_READ_BYTES
+        self._size = size = SHORT_PEAK_SIZE if is_short else PEAK_SIZE
         long, square, vector = (
-            torch.full(shape, 0.5, dtype=torch.bfloat16)
-            for shape in ((num_out, PEAK_SIZE), (PEAK_SIZE, PEAK_SIZE), (1, PEAK_SIZE))
+            torch.full((count, size), 0.5, dtype=torch.bfloat16) for count in (self._num_bytes // 2 // size, size, 1)
         )
         numbers = long.view(torch.int64)
         self._reads: list[Callable[[], object]] = [numbers.sum]
@@ -102,7 +104,7 @@ class RateMeter:
 
     def __call__(self) -> Machine:
         read_s, product_s = (min(map(_seconds, each)) for each in (self._reads, self._products))
-        return Machine(NUM_READ_BYTES / read_s, 2 * PEAK_SIZE**3 / product_s)
+        return Machine(self._num_bytes / read_s, 2 * self._size**3 / product_s)
 
 
 def best(machines: Iterable[Machine]) -> Machine:

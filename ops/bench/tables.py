@@ -1,6 +1,6 @@
-"""The tables of docs/performance.md, made of the files in docs/data.
+"""The tables of docs/performance.md and the plots beside it, made of the files in docs/data.
 
-python -m ops.bench.tables             writes each between its two marks
+python -m ops.bench.tables             writes each table between its two marks, and the plots into docs/plots
 python -m ops.bench.tables --check     says which are not up to date, with status 1
 """
 
@@ -11,18 +11,19 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
-from ops.bench import lora, quant
+from ops.bench import lora, prefix, quant, scaling
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
 
 
 class Table(NamedTuple):
-    """`make` gets what is in the file and gives Markdown."""
+    """`make` gets what is in the file and gives Markdown, or a plot as SVG."""
 
     file: str
     make: Callable[[Any], str]
@@ -31,6 +32,13 @@ class Table(NamedTuple):
 TABLES: dict[str, Table] = {
     "quant": Table("quant.json", quant.table),
     "lora": Table("lora.json", lora.table_of_file),
+    "prefix": Table("prefix.json", prefix.table),
+    "scaling": Table("scaling.json", scaling.table),
+}
+
+PLOTS: dict[str, Table] = {
+    "scaling-batch.svg": Table("scaling.json", partial(scaling.plot, varied="batch")),
+    "scaling-context.svg": Table("scaling.json", partial(scaling.plot, varied="context")),
 }
 
 
@@ -43,10 +51,10 @@ def with_tables(page: str, data: Path, tables: Mapping[str, Table] = TABLES) -> 
     marked = sorted(match[2] for match in MARKED.finditer(page))
     if marked != sorted(tables):
         raise ConfigurationError(f"the page has marks for {', '.join(marked)}; there are {', '.join(sorted(tables))}")
-    return MARKED.sub(lambda match: match[1] + _made(tables[match[2]], data) + match[4], page)
+    return MARKED.sub(lambda match: match[1] + made(tables[match[2]], data) + match[4], page)
 
 
-def _made(table: Table, data: Path) -> str:
+def made(table: Table, data: Path) -> str:
     path = data / table.file
     try:
         found = json.loads(path.read_text())
@@ -59,12 +67,16 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    before = PAGE.read_text()
-    after = with_tables(before, PAGE.parent / "data")
+    before, data = PAGE.read_text(), PAGE.parent / "data"
+    after, plots = with_tables(before, data), {PAGE.parent / "plots" / name: made(PLOTS[name], data) for name in PLOTS}
+    stale_plots = [path for path, plot in plots.items() if not path.exists() or path.read_text() != plot]
     if not options.check:
         PAGE.write_text(after)
+        for path in stale_plots:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(plots[path])
         return 0
-    stale = changed(before, after)
+    stale = [*changed(before, after), *(path.name for path in stale_plots)]
     print("".join(f"{name} is not up to date\n" for name in stale), end="")
     return 1 if stale else 0
 

@@ -19,7 +19,7 @@ from worker.engine_client import thread_environment
 PROGRAM = """
 import importlib, os, sys
 from common.settings import WorkerSettings
-for name in ("lora", "prefix", "quant", "speculation"):
+for name in ("lora", "prefix", "quant", "scaling", "speculation", "tables"):
     importlib.import_module(f"ops.bench.{name}")
 from ops.bench.offline import OfflineEngine
 assert "torch" not in sys.modules

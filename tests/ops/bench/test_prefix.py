@@ -10,12 +10,6 @@ from ops.bench.prefix import BLOCK_SIZE, SHORT, main, misses, rounds_of
 from worker.engine.scheduler import Scheduler
 
 
-@pytest.fixture(autouse=True)
-def small_measurements_of_the_machine(monkeypatch):
-    monkeypatch.setattr("ops.bench.roofline.NUM_READ_BYTES", 1 << 20)
-    monkeypatch.setattr("ops.bench.roofline.PEAK_SIZE", 64)
-
-
 def found_by(arguments, folder):
     assert main(["--short", "--json", str(folder / "found"), *arguments]) == 0
     return json.loads((folder / "found").read_text())

@@ -1,15 +1,16 @@
-"""docs/performance.md has the tables that the files in docs/data give."""
+"""docs/performance.md has the tables that the files in docs/data give, and the plots beside it are theirs too."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigurationError
 from ops.bench import tables
-from ops.bench.tables import PAGE, TABLES, Table, changed, main, with_tables
+from ops.bench.tables import PAGE, PLOTS, TABLES, Table, changed, main, with_tables
 
 DATA = PAGE.parent / "data"
 SMALL = {"sizes": Table("sizes.json", lambda found: f"| {found['size']} |")}
@@ -19,7 +20,13 @@ MARKS = "before\n<!-- table sizes -->\nold\n<!-- end of table -->\nbehind\n"
 def test_the_page_is_up_to_date() -> None:
     page = PAGE.read_text()
     assert changed(page, with_tables(page, DATA)) == [], "run: python -m ops.bench.tables"
+    assert main(["--check"]) == 0, "run: python -m ops.bench.tables"
     assert all(f"data/{table.file}" in page for table in TABLES.values()), "a reader finds the numbers"
+
+
+def test_the_plots_are_on_the_page() -> None:
+    page = PAGE.read_text()
+    assert all(f"(plots/{name})" in page for name in PLOTS)
 
 
 def test_other_numbers_in_a_file_show(tmp_path: Path) -> None:
@@ -60,7 +67,13 @@ def test_the_command_tells_what_is_stale_and_writes_it(
     page = tmp_path / "performance.md"
     page.write_text(PAGE.read_text().replace("| int8 |", "| int9 |"))
     (tmp_path / "data").symlink_to(DATA)
+    shutil.copytree(PAGE.parent / "plots", tmp_path / "plots")
+    (tmp_path / "plots" / "scaling-batch.svg").write_text("another")
+    (tmp_path / "plots" / "scaling-context.svg").unlink()
     monkeypatch.setattr(tables, "PAGE", page)
-    assert main(["--check"]) == 1 and capsys.readouterr().out == "quant is not up to date\n"
+    stale = ["quant", "scaling-batch.svg", "scaling-context.svg"]
+    assert main(["--check"]) == 1
+    assert capsys.readouterr().out == "".join(f"{name} is not up to date\n" for name in stale)
     assert main([]) == 0 and page.read_text() == PAGE.read_text()
+    assert all((tmp_path / "plots" / name).read_text() == (PAGE.parent / "plots" / name).read_text() for name in PLOTS)
     assert main(["--check"]) == 0 and capsys.readouterr().out == ""
