@@ -547,8 +547,8 @@ struct Scratch {
 void prefetch(const Call& call, const Places& places, int64_t first, int64_t end, int64_t size) {
     for (int64_t key = first; key < std::min(end, places.count); ++key)
         for (int64_t line = 0; line < size; line += 64) {
-            _mm_prefetch(call.keys + places.at[key] + line, _MM_HINT_T1);
-            _mm_prefetch(call.values + places.at[key] + line, _MM_HINT_T1);
+            call_line(call.keys + places.at[key] + line);
+            call_line(call.values + places.at[key] + line);
         }
 }
 

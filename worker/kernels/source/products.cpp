@@ -240,7 +240,7 @@ constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and o
 constexpr int64_t LINE = 64;
 
 INLINE void prefetch(const char* from, int64_t num_lines) {
-    for (int64_t line = 0; line < num_lines; ++line) _mm_prefetch(from + line * LINE, _MM_HINT_T1);
+    for (int64_t line = 0; line < num_lines; ++line) call_line(from + line * LINE);
 }
 
 // Steps of a panel, whose sums [32][32] begin at zero or where they were left.
