@@ -35,6 +35,17 @@ def threads_per_rank(threads: int, num_ranks: int) -> int:
     return max(1, (threads or num_cores()) // num_ranks)
 
 
+_ALLOCATOR = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={32 << 20}",
+        f"glibc.malloc.trim_threshold={1 << 30}",
+    )
+)
+"""Memory for what is between two operations stays with the process, in large pages where the system has them: to get it
+anew in every step costs more than many an operation."""
+
+
 def thread_environment(threads: int, num_ranks: int = 1) -> dict[str, str]:
     """Environment for the ranks of an engine that has so many threads (0: all cores) together.
 
@@ -42,7 +53,7 @@ def thread_environment(threads: int, num_ranks: int = 1) -> dict[str, str]:
     they sleep instead.
     """
     count = threads_per_rank(threads, num_ranks)
-    environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+    environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "GLIBC_TUNABLES": _ALLOCATOR}
     if count * num_ranks + NUM_OTHER_PROCESSES > num_cores():
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     return environment

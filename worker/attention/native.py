@@ -86,29 +86,40 @@ class NativeAttention:
             q = q.contiguous()
         assert k_pages.is_contiguous() and v_pages.is_contiguous()
         out = torch.empty(q.shape, dtype=q.dtype)
-        address = self._address(q, k_pages, layer)
+        shape = q.shape[1], k_pages.shape[2], q.shape[2]
+        address = self.address_of(layer, *shape, q.dtype, k_pages.dtype)
         self._run(
             meta.address, address, q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr()
         )
         return out
 
-    def _address(self, q: Tensor, k_pages: Tensor, layer: LayerShape) -> int:
+    def address_of(
+        self,
+        layer: LayerShape,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        kv_type: torch.dtype,
+    ) -> int:
         """That of a layer as the kernel wants it, made when it is first asked for."""
-        key = (layer, q.shape[1], k_pages.shape[2], q.shape[2], q.dtype, k_pages.dtype)
+        key = (layer, num_heads, num_kv_heads, head_dim, dtype, kv_type)
         if key not in self._layers:
-            self._layers[key] = _layer_of(q, k_pages, layer)
+            self._layers[key] = _layer_of(*key)
         return self._layers[key][0]
 
 
-def _layer_of(q: Tensor, k_pages: Tensor, layer: LayerShape) -> tuple[int, object]:
+def _layer_of(
+    layer: LayerShape, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_type: torch.dtype
+) -> tuple[int, object]:
     """Address of the structure, and what must live as long."""
     slopes, bias = (None if each is None else each.float().contiguous() for each in (layer.slopes, layer.bias))
     made = _Layer(
-        num_heads=q.shape[1],
-        num_kv_heads=k_pages.shape[2],
-        head_dim=q.shape[2],
-        query_kind=PAGE_KINDS[q.dtype],
-        page_kind=PAGE_KINDS[k_pages.dtype],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        query_kind=PAGE_KINDS[dtype],
+        page_kind=PAGE_KINDS[kv_type],
         window=layer.window or NO_WINDOW,
         scale=layer.scale,
         softcap=layer.softcap or 0.0,

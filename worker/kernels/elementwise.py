@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worker.attention import Attention
+from worker.attention.native import NativeAttention
 from worker.kernels.products import INTEGER, POINTER, SUFFIXES, alone, function_of
-from worker.model.operations import Activate, Operations, Summary, Turns
+from worker.kernels.stack import NativeStack, can_stack
+from worker.model.operations import Activate, Layers, Operations, Stack, Summary, Turns
 from worker.model.spec import Activation, Norm
 from worker.model.weights import Linear, MlpWeights, NormWeights
 
@@ -45,6 +48,7 @@ class _Turn(ctypes.Structure):
 
 class CpuOperations(Operations):
     def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
         self._normalise = _functions(library, "normalise", [ctypes.POINTER(_Norm)])
         self._activate = _functions(library, "activate", [POINTER, *[INTEGER] * 4, POINTER])
         self._turn = _functions(library, "turn", [ctypes.POINTER(_Turn)])
@@ -79,6 +83,13 @@ class CpuOperations(Operations):
             return down.multiply(inner, residual=residual)
         result = weights.down(inner)
         return result if residual is None else residual + result
+
+    def stack(self, layers: Layers, attention: Attention, activate: Activate) -> Stack | None:
+        if not isinstance(attention, NativeAttention) or not isinstance(activate, CpuActivation):
+            return None
+        if not can_stack(layers):
+            return None
+        return NativeStack(self._library, layers, attention, activate.number)
 
     def turn_and_write(
         self,

@@ -58,6 +58,11 @@ class PackedLinear:
     def num_bytes(self) -> int:
         return num_bytes_of(self._packed, self._bias)
 
+    @property
+    def address(self) -> int:
+        """That of the matrix as kernels want it."""
+        return self._address
+
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
             return self.multiply(x)

@@ -23,7 +23,7 @@ from worker.attention import Attention, Batch, LayerShape
 from worker.model import rope
 from worker.model.layers import softcap
 from worker.model.moe import mixture
-from worker.model.operations import Operations, Turns
+from worker.model.operations import Layers, Operations, Stack, Turns
 from worker.model.spec import QkNorm, Residual, Rope, Spec
 from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MlpWeights, MoeWeights, NormWeights
 from worker.parallel.group import Alone, Group
@@ -73,6 +73,7 @@ class Decoder:
         self._shapes = self._layer_shapes()
         self._is_plain = spec.residual is Residual.SEQUENTIAL and spec.residual_scale == 1.0
         self._adds_plainly = self._is_plain and shard.size == 1
+        self._stack = self._whole_stack()
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -87,8 +88,11 @@ class Decoder:
         vocabulary].
         """
         x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
-        for layer, weights in enumerate(self.weights.layers):
-            x = self.run_layer(x, weights, step, layer)
+        if self._stack is not None and self._stack.is_ready(x, pages):
+            x = self._stack(x, step.turns, pages, step.slots, step.meta)
+        else:
+            for layer, weights in enumerate(self.weights.layers):
+                x = self.run_layer(x, weights, step, layer)
         return self._logits(x[wanted])
 
     def begin(self, positions: Tensor, batch: Batch, pages: Tensor) -> Step:
@@ -193,6 +197,14 @@ class Decoder:
 
     def _normalise_together(self, heads: Tensor, weight: Tensor) -> Tensor:
         return self._norm(heads.flatten(1), NormWeights(weight.flatten(), None)).view(heads.shape)
+
+    def _whole_stack(self) -> Stack | None:
+        spec = self.spec
+        if not self._adds_plainly or spec.clip_qkv is not None or spec.qk_norm is QkNorm.FULL:
+            return None
+        sizes = self._num_heads, self.num_kv_heads, spec.head_dim
+        layers = Layers(self.weights.layers, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps)
+        return self.operations.stack(layers, self.attention, self._activate)
 
     def _layer_shapes(self) -> list[LayerShape]:
         """One object for all layers that attend alike."""

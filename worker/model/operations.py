@@ -6,19 +6,47 @@ Kernels for a device are another class with the same methods (worker/kernels/ele
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from worker.attention import Attention, LayerShape
 from worker.attention.pages import write_pages
 from worker.model import rope
 from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
-from worker.model.spec import Activation, Norm
-from worker.model.weights import MlpWeights, NormWeights
+from worker.model.spec import Activation, Norm, Rope
+from worker.model.weights import LayerWeights, MlpWeights, NormWeights
 
 Turns = tuple[Tensor, Tensor]
 Activate = Callable[[Tensor], Tensor]
 Summary = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Those of a decoder that adds each part to what came in, without any factor, on one rank; heads are all of them.
+    `ropes` and `shapes` of attention are by layer."""
+
+    weights: list[LayerWeights]
+    ropes: tuple[Rope | None, ...]
+    shapes: list[LayerShape]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm: Norm
+    norm_eps: float
+
+
+class Stack(Protocol):
+    """All layers of a step in one go, where it `is_ready` for it."""
+
+    def is_ready(self, x: Tensor, pages: Tensor) -> bool: ...
+
+    def __call__(self, x: Tensor, turns: dict[Rope, Turns], pages: Tensor, slots: Tensor, meta: Any) -> Tensor:
+        """Hidden states [t, hidden] before the first layer, whose memory is taken, to those behind the last one;
+        `turns`, `pages`, `slots` and `meta` as layers get them."""
 
 
 class Operations:
@@ -55,6 +83,10 @@ class Operations:
         that where there is one. `activate` is one of `activation`."""
         result = weights.down(activate(weights.up(x)))
         return result if residual is None else residual + result
+
+    def stack(self, layers: Layers, attention: Attention, activate: Activate) -> Stack | None:
+        """One, if there are kernels for all that these layers have."""
+        return None
 
     def turn_and_write(
         self,

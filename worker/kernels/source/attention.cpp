@@ -15,7 +15,7 @@
 //   weights   [64 keys / 16 units][16 rows][16 units]
 //   values    [64 keys / 16 units][head / 16 elements][16 units][16 elements]
 
-#include "pages.h"
+#include "kernels.h"
 #include "pool.h"
 
 #include <algorithm>
@@ -28,36 +28,13 @@ namespace {
 
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SEGMENT = 512;
-constexpr int64_t TILE = 16;
 constexpr int64_t GROUPS = BLOCK / LANES;
 constexpr int64_t UNITS = TILE * TILE;
 constexpr int64_t MOST_ROWS = 256;        // of an item: what is laid out of keys and values serves so many
 constexpr int64_t MOST_SPLIT_ROWS = 64;   // of an item whose segments may go to different threads
 constexpr int64_t MOST_HEADS = 8;         // of an item that has one tile of rows for each
 constexpr int64_t SERIAL_WORK = 1 << 16;  // elements of keys that are not worth waking other threads
-constexpr float LOG2_E = 1.44269504f;
 constexpr float INFINITE = __builtin_inff();
-
-// As the caller lays them out; worker/attention/native.py.
-
-struct Batch {
-    int64_t num_rows;
-    const int64_t *num_queries, *starts;
-    const int64_t* num_keys;  // null: causal
-    const int64_t* tables;
-    int64_t table_stride, page_size;
-};
-
-struct Layer {
-    int64_t num_heads, num_kv_heads, head_dim;
-    Kind query_kind, page_kind;
-    int64_t window;  // keys that a query sees
-    double scale;
-    double softcap;  // 0: none
-    const float* slopes;
-    const float* bias;
-    int64_t reach;
-};
 
 struct Call {
     const Batch& batch;

@@ -3,9 +3,8 @@
 // Roundings are those of worker/model/layers.py and worker/model/rope.py, which models were trained with: where these
 // round to bfloat16 on the way, so do the kernels.
 
-#include "activations.h"
+#include "kernels.h"
 #include "pool.h"
-#include "vectors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -33,20 +32,6 @@ INLINE void for_lanes(int64_t size, const Work& work) {
 }
 
 // Norms.
-
-// x[outer][inner][size] has rows of `size` elements; weights and biases are [weight_rows][size], of which inner ones take
-// turns.
-struct Norm {
-    const void* x;
-    int64_t num_outer, num_inner, size, outer_stride;
-    const void* weight;
-    const void* bias;
-    int64_t weight_rows, has_wide_weight, is_rms;
-    double eps;
-    const void* part;  // added to x first, [outer][size], where there is one; the sums go to `sums`
-    void* sums;
-    void* out;
-};
 
 template <class T, class W>
 INLINE floats weighed(floats normed, const T* like, const W* weight, const T* bias, bool is_rounded, int64_t count) {
@@ -182,21 +167,6 @@ void summarise(const T* logits, int64_t num_rows, int64_t size, float* most, int
 }
 
 // Queries, keys and values.
-
-// turned[tokens][heads + kv heads][head_dim] and v[tokens][kv heads][head_dim], tokens `..._stride` elements apart; cos and
-// sin [tokens][rotary_dim], none where nothing turns. Queries go to q[tokens][heads][head_dim], keys and values to the
-// places `slots` of pages [places][kv heads][head_dim].
-struct Turn {
-    const void* turned;
-    const void* v;
-    int64_t turned_stride, v_stride, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim;
-    const float* cos;
-    const float* sin;
-    const int64_t* slots;
-    void* q;
-    void* k_pages;
-    void* v_pages;
-};
 
 template <class T>
 INLINE void turn_head(const T* from, const float* cos, const float* sin, int64_t rotary_dim, int64_t head_dim, T* to) {

@@ -14,9 +14,8 @@
 //
 // Rows of results are sums in one order, whatever the number of rows: a row does not depend on its company.
 
-#include "activations.h"
+#include "kernels.h"
 #include "pool.h"
-#include "vectors.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -24,9 +23,7 @@
 
 namespace {
 
-constexpr int64_t PANEL = 32;
 constexpr int64_t STEP = 32;  // of k, in bfloat16
-constexpr int64_t TILE = 16;
 constexpr int64_t STEP_ELEMENTS = PANEL * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of x, which should stay in the second-level cache
 
@@ -44,26 +41,6 @@ void* scratch(size_t bytes) {
     }
     return memory;
 }
-
-struct Matrix {
-    const void* packed;
-    const void* bias;
-    int64_t n, k, is_gated;
-
-    int64_t num_panels() const { return is_gated ? ceil_div(n / 2, TILE) : ceil_div(n, PANEL); }
-
-    // Of the 32 rows of a panel the one that is at `column`; -1: none.
-    int64_t row_at(int64_t panel, int64_t column) const {
-        int64_t row = is_gated ? panel * TILE + column % TILE : panel * PANEL + column;
-        if (row >= (is_gated ? n / 2 : n)) return -1;
-        return is_gated ? row + column / TILE * (n / 2) : row;
-    }
-
-    int64_t panel_of(int64_t row) const { return is_gated ? row % (n / 2) / TILE : row / PANEL; }
-    int64_t column_of(int64_t row) const {
-        return is_gated ? row % (n / 2) % TILE + row / (n / 2) * TILE : row % PANEL;
-    }
-};
 
 struct Product : Matrix {
     const void* x;
@@ -277,7 +254,27 @@ INLINE void add_steps(const bf16* upper, const bf16* lower, const bf16* packed, 
     if (HAS_LOWER) _tile_stored(3, sums + TILE * PANEL + TILE, STRIDE);
 }
 
+// What most products of a model come to, for whole panels.
+bool finish_at_once(const Product& p, const float* sums, int64_t first, int64_t count, int64_t panel) {
+    int64_t width = p.is_gated ? p.n / 2 : p.n, columns = p.is_gated ? TILE : PANEL, column = panel * columns;
+    if (p.bias || p.residual || column + columns > width) return false;
+    const bf16* like = nullptr;
+    bf16* to = (bf16*)p.out + first * width + column;
+    if (p.is_gated && p.activation == SILU) {
+        for (int64_t row = 0; row < count; ++row, sums += PANEL, to += width) {
+            floats gate = rounded(like, activated<SILU>(rounded(like, load(sums))));
+            store(to, gate * rounded(like, load(sums + LANES)));
+        }
+        return true;
+    }
+    if (p.is_gated || p.activation != NONE) return false;
+    for (int64_t row = 0; row < count; ++row, sums += PANEL, to += width)
+        store(to, load(sums)), store(to + LANES, load(sums + LANES));
+    return true;
+}
+
 void finish_rows(const Product& p, const float* sums, int64_t first, int64_t count, int64_t panel) {
+    if (finish_at_once(p, sums, first, count, panel)) return;
     for (int64_t row = 0; row < count; ++row, sums += PANEL)
         finish<bf16>(load(sums), load(sums + LANES), p, first + row, panel);
 }
