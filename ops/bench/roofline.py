@@ -76,10 +76,10 @@ def decode_work(config: dict[str, Any], batch: int, context: int, num_bytes: int
 
 class RateMeter:
     """Measures what the machine can do with torch's number of threads, anew whenever it is asked: rates move with the
-    host. The better of torch and of the kernels counts: no step may look better than what is possible. With `is_short`
-    the figures mean nothing."""
+    host. The better of torch and of the kernels counts: no step may look better than what is possible. Products are of
+    `dtype`. With `is_short` the figures mean nothing."""
 
-    def __init__(self, *, is_short: bool = False) -> None:
+    def __init__(self, dtype: str = "bfloat16", *, is_short: bool = False) -> None:
         import torch
 
         from worker.kernels.build import load_library
@@ -89,11 +89,11 @@ class RateMeter:
         library = load_library()
         if library is not None:
             library.inferfleet_set_threads(torch.get_num_threads())
+        kind: torch.dtype = getattr(torch, dtype)
         self._num_bytes = SHORT_READ_BYTES if is_short else NUM_READ_BYTES
         self._size = size = SHORT_PEAK_SIZE if is_short else PEAK_SIZE
-        long, square, vector = (
-            torch.full((count, size), 0.5, dtype=torch.bfloat16) for count in (self._num_bytes // 2 // size, size, 1)
-        )
+        num_long = self._num_bytes // kind.itemsize // size
+        long, square, vector = (torch.full((count, size), 0.5, dtype=kind) for count in (num_long, size, 1))
         numbers = long.view(torch.int64)
         self._reads: list[Callable[[], object]] = [numbers.sum]
         self._products: list[Callable[[], object]] = [lambda: square @ square]

@@ -44,6 +44,7 @@ def test_the_shape_of_the_bars_has_125_million_parameters():
 
 
 def test_rates_are_measured_and_the_best_of_each_kind_counts():
-    machine = RateMeter(is_short=True)()
-    assert machine.read_bytes_per_s > 0 and machine.flops_per_s > 0
+    for dtype in ("bfloat16", "float32"):
+        machine = RateMeter(dtype, is_short=True)()
+        assert machine.read_bytes_per_s > 0 and machine.flops_per_s > 0
     assert best([Machine(1, 5), Machine(3, 2)]) == Machine(3, 5)

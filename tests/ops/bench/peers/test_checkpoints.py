@@ -18,28 +18,8 @@ from tokenizers import Tokenizer
 
 from common.errors import ConfigurationError
 from ops.bench.peers import checkpoints, gguf_file
-from ops.bench.peers.checkpoints import COMMON, NUM_UNSAID, SHAPES, checkpoint, gguf_of, weight_shapes
+from ops.bench.peers.checkpoints import NUM_UNSAID, SHAPES, checkpoint, gguf_of, weight_shapes
 from ops.bench.peers.environments import Environment
-
-SMALL = COMMON | {
-    "vocab_size": 700,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 24,
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    SHAPES["small"] = SMALL
-    try:
-        return {dtype: checkpoint("small", dtype, folder) for dtype in checkpoints.DTYPES}
-    finally:
-        del SHAPES["small"]
 
 
 def test_shapes_have_as_many_parameters_as_their_names_say():
@@ -49,7 +29,7 @@ def test_shapes_have_as_many_parameters_as_their_names_say():
 
 def test_a_checkpoint_is_written_once_and_its_bfloat16_is_its_float32_rounded(folders: dict[str, Path]):
     wide, narrow = (load_file(folders[dtype] / "model.safetensors") for dtype in ("float32", "bfloat16"))
-    assert set(wide) == set(weight_shapes(SMALL))
+    assert set(wide) == set(weight_shapes(SHAPES["small"]))
     assert all(torch.equal(wide[name].bfloat16(), narrow[name]) for name in wide)
     head = wide["lm_head.weight"]
     assert not head[:NUM_UNSAID].any() and head[NUM_UNSAID:].all()
@@ -122,7 +102,7 @@ def test_the_file_for_llama_cpp_has_all_weights_under_its_names(folders: dict[st
     assert len(made.tensors) == len(weights)
     (down, kind), (queries, _) = made.tensors["blk.1.ffn_down.weight"], made.tensors["blk.0.attn_q.weight"]
     assert kind == "bf16" and down.view(np.uint16).tolist() == bits("model.layers.1.mlp.down_proj.weight")
-    assert queries.view(np.uint16)[1].tolist() == bits("model.layers.0.self_attn.q_proj.weight")[2]
+    assert queries.view(np.uint16)[1].tolist() == bits("model.layers.0.self_attn.q_proj.weight")[4]
     value, kind = made.tensors["output_norm.weight"]
     assert (kind, value.dtype) == (None, np.float32) and (value == 1).all()
     assert made.said["add_head_count_kv"] == (2,) and made.said["add_add_bos_token"] == (False,)
