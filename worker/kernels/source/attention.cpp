@@ -11,7 +11,9 @@
 // neighbouring tokens (weights and values). Blocks of units that products want are 16 x 16, as the tiles of AMX:
 //
 //   queries   [tiles of 16 rows][head / 16 units][16 rows][16 units]       a row is a head of a query
-//   keys      [head / 16 units][4][16 units][16 keys]                      transposed
+//   keys      [head / 16 units][4][16 units][16 keys]                      transposed; where there is one tile of rows
+//                                                                          they are read where they are, and the queries
+//                                                                          are transposed instead
 //   weights   [64 keys / 16 units][16 rows][16 units]
 //   values    [64 keys / 16 units][head / 16 elements][16 units][16 elements]
 
@@ -235,6 +237,28 @@ INLINE uints unit_of(const bf16* const* rows, int64_t first) {
     return wide(even) | (wide(odd) << 16);
 }
 
+// Those of all elements, `num_columns` times 16, into blocks that follow each other.
+template <class Element>
+INLINE void store_token_units(const Element* const* rows, int64_t num_columns, uint32_t* to) {
+    for (int64_t column = 0; column < num_columns; ++column, to += UNITS) store_units(to, unit_of(rows, column * LANES));
+}
+
+#ifdef __AVX512BF16__
+INLINE void store_token_units(const bf16* const* rows, int64_t num_columns, uint32_t* to) {
+    // the lower halves of both rows' 32 elements in turn, then the upper ones
+    const __m512i lower = (__m512i)(uints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x200000u);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    const bf16 *even = rows[0], *odd = rows[1];
+    int64_t column = 0;
+    for (; column + 2 <= num_columns; column += 2, even += 2 * LANES, odd += 2 * LANES, to += 2 * UNITS) {
+        __m512i first = _mm512_loadu_si512(even), second = _mm512_loadu_si512(odd);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, lower, second));
+        _mm512_storeu_si512(to + UNITS, _mm512_permutex2var_epi16(first, upper, second));
+    }
+    if (column < num_columns) store_units(to, unit_of(rows, column * LANES));
+}
+#endif
+
 // Products without tiles: some rows at a time, sums in registers.
 
 #ifdef __AVX512F__
@@ -316,6 +340,9 @@ struct WithVectors : E {
         });
     }
 
+    static constexpr bool READS_KEYS = false;
+    static void score_in_place(const uint32_t*, const char* const*, int64_t, int64_t, int64_t, int64_t, float*) {}
+
     static void begin() {}
     static void end() {}
 };
@@ -391,7 +418,66 @@ INLINE void in_tiles(int64_t count, const Run& run) {
     if (count - at == 1) run(std::integral_constant<int, 1>(), at);
 }
 
+// to[column][16 keys] of from[16 keys][16] for the first columns.
+INLINE void turn_scores(const float* from, int64_t num_columns, float* to) {
+    if (num_columns > 4) {
+        const uint32_t* rows[TILE];
+        for (int row = 0; row < TILE; ++row) rows[row] = (const uint32_t*)from + row * TILE;
+        return transpose(rows, 0, (uint32_t*)to);
+    }
+    __m512 some[4];
+    for (int at = 0; at < 4; ++at) {
+        __m512 found = _mm512_castps128_ps512(_mm_loadu_ps(from + at * TILE));
+        found = _mm512_insertf32x4(found, _mm_loadu_ps(from + (at + 4) * TILE), 1);
+        found = _mm512_insertf32x4(found, _mm_loadu_ps(from + (at + 8) * TILE), 2);
+        some[at] = _mm512_insertf32x4(found, _mm_loadu_ps(from + (at + 12) * TILE), 3);
+    }
+    __m512 a = _mm512_unpacklo_ps(some[0], some[1]), b = _mm512_unpackhi_ps(some[0], some[1]);
+    __m512 c = _mm512_unpacklo_ps(some[2], some[3]), d = _mm512_unpackhi_ps(some[2], some[3]);
+    auto pairs = [](__m512 left, __m512 right, bool is_high) {
+        __m512d l = _mm512_castps_pd(left), r = _mm512_castps_pd(right);
+        return (floats)_mm512_castpd_ps(is_high ? _mm512_unpackhi_pd(l, r) : _mm512_unpacklo_pd(l, r));
+    };
+    store(to, pairs(a, c, false)), store(to + TILE, pairs(a, c, true));
+    store(to + 2 * TILE, pairs(b, d, false)), store(to + 3 * TILE, pairs(b, d, true));
+}
+
 struct WithTiles : Pairs {
+    static constexpr bool READS_KEYS = true;
+
+    // scores [groups][16 rows][16 keys], the first rows of each, of keys that are `stride` bytes apart in every group;
+    // queries [head / 16 units][16 units][16 rows]
+    static void score_in_place(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
+                               int64_t num_rows, int64_t num_groups, float* scores) {
+        alignas(64) float turned[TILE * BLOCK];
+        in_tiles(num_groups, [&](auto tiles, int64_t at) {
+            clear_tiles<tiles.value>();
+            for (int64_t unit = 0; unit < num_units; unit += TILE) {
+                LOAD_TILE(4, queries + unit * TILE, 64);
+                LOAD_TILE(5, keys[at] + unit * 4, stride);
+                _tile_dpbf16ps(0, 5, 4);
+                if constexpr (tiles.value > 1) {
+                    LOAD_TILE(6, keys[at + 1] + unit * 4, stride);
+                    _tile_dpbf16ps(1, 6, 4);
+                }
+                if constexpr (tiles.value > 2) {
+                    LOAD_TILE(7, keys[at + 2] + unit * 4, stride);
+                    _tile_dpbf16ps(2, 7, 4);
+                }
+                if constexpr (tiles.value > 3) {
+                    LOAD_TILE(5, keys[at + 3] + unit * 4, stride);
+                    _tile_dpbf16ps(3, 5, 4);
+                }
+            }
+            STORE_TILE(0, turned + at * UNITS, 64);
+            if constexpr (tiles.value > 1) STORE_TILE(1, turned + (at + 1) * UNITS, 64);
+            if constexpr (tiles.value > 2) STORE_TILE(2, turned + (at + 2) * UNITS, 64);
+            if constexpr (tiles.value > 3) STORE_TILE(3, turned + (at + 3) * UNITS, 64);
+        });
+        for (int64_t group = 0; group < num_groups; ++group)
+            turn_scores(turned + group * UNITS, num_rows, scores + group * UNITS);
+    }
+
     static void score(const uint32_t* queries, const uint32_t* keys, int64_t num_units, int64_t, int64_t num_groups,
                       float* scores) {
         in_tiles(num_groups, [&](auto tiles, int64_t at) {
@@ -522,11 +608,11 @@ struct Scratch {
 
 // Call from memory the keys and values of some tokens for heads that take `size` bytes together.
 void prefetch(const Call& call, const Places& places, int64_t first, int64_t end, int64_t size) {
-    for (int64_t key = first; key < std::min(end, places.count); ++key)
-        for (int64_t line = 0; line < size; line += 64) {
-            call_line(call.keys + places.at[key] + line);
-            call_line(call.values + places.at[key] + line);
-        }
+    end = std::min(end, places.count);
+    for (int64_t key = first; key < end; ++key) {
+        const char *keys = call.keys + places.at[key], *values = call.values + places.at[key];
+        for (int64_t line = 0; line < size; line += 64) call_line(keys + line), call_line(values + line);
+    }
 }
 
 // What is to be called while the keys of one head are laid out: the share of the `part`-th of so many heads.
@@ -557,23 +643,23 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
 
 // Lay out a block's keys and values of one head, `offset` bytes behind the first one's.
 template <class E>
-void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, Scratch<E>& own) {
+void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, bool in_place, Scratch<E>& own) {
     const typename E::Element* rows[BLOCK];
     int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
-    gather(call, call.keys + offset, places, end, own, rows);
+    if (!in_place) gather(call, call.keys + offset, places, end, own, rows);
     for (int64_t group = 0; group < num_groups; ++group) {
-        for (int64_t block = 0; block < own.num_units / TILE; ++block)
+        for (int64_t block = 0; !in_place && block < own.num_units / TILE; ++block)
             transpose((const uint32_t* const*)rows + group * LANES, block * TILE,
                       own.keys + (block * GROUPS + group) * UNITS);
         coming.call_some(call, group);
     }
     for (int64_t group = num_groups; group < GROUPS; ++group) coming.call_some(call, group);
     gather(call, call.values + offset, places, end, own, rows);
-    for (int64_t key = 0; key < end; key += E::PER_UNIT)
-        for (int64_t column = 0; column < own.columns; column += LANES) {
-            int64_t unit = key / E::PER_UNIT, block = unit / TILE * own.columns / LANES + column / LANES;
-            store_units(own.values + block * UNITS + unit % TILE * TILE, unit_of(rows + key, column));
-        }
+    int64_t num_columns = own.columns / LANES;
+    for (int64_t unit = 0; unit < end / E::PER_UNIT; ++unit) {
+        uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
+        store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
+    }
 }
 
 // Softmax.
@@ -610,26 +696,27 @@ INLINE void store_weights(uint32_t* to, bf16, int64_t group, floats value) {
     store((bf16*)(to + group / 2 * UNITS) + group % 2 * LANES, value);
 }
 
-// From scores of a tile's rows to weights of a block's keys, and the factors on what was summed up before.
+// From scores of a tile's rows to weights of a block's keys, and the factors on what was summed up before. Scores of a
+// row are `row_stride` apart, of groups of 16 keys `group_stride`.
 template <class E>
 __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
-                                      int64_t num_groups, float* scores, uint32_t* weights, const State& state,
-                                      float* factors) {
+                                      int64_t num_groups, float* scores, int64_t row_stride, int64_t group_stride,
+                                      uint32_t* weights, const State& state, float* factors) {
     bool is_plain = layer.softcap == 0.0 && !layer.slopes && !layer.bias && layer.scale > 0.0;
     float scale = is_plain ? (float)(layer.scale * LOG2_E) : 1.0f;
     float most[TILE];
     std::fill_n(most, TILE, -INFINITE);
     for (int64_t at = 0; at < num_rows; ++at) {
         const Row& row = rows[at];
-        float* own = scores + at * BLOCK;
+        float* own = scores + at * row_stride;
         bool hides = row.low > first_key || row.high < first_key + num_groups * LANES;
         floats high = all(-INFINITE);
         for (int64_t group = 0; group < num_groups; ++group) {
-            floats score = load(own + group * LANES);
+            floats score = load(own + group * group_stride);
             int64_t key = first_key + group * LANES;
             if (!is_plain) score = irregular(layer, row, score, key);
             if (hides) score = hide(row, score, key);
-            if (!is_plain || hides) store(own + group * LANES, score);
+            if (!is_plain || hides) store(own + group * group_stride, score);
             high = larger(score, high);
         }
         most[at] = highest(high);
@@ -644,7 +731,7 @@ __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64
     for (int64_t at = 0; at < num_rows; ++at) {
         floats sum = all(0.0f);
         for (int64_t group = 0; group < num_groups; ++group) {
-            floats weight = exp2<E::DEGREE>(load(scores + at * BLOCK + group * LANES) * scale - shifts[at]);
+            floats weight = exp2<E::DEGREE>(load(scores + at * row_stride + group * group_stride) * scale - shifts[at]);
             store_weights(weights + at * TILE, typename E::Element(), group, weight);
             sum += weight;
         }
@@ -706,6 +793,17 @@ void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t b
     }
 }
 
+// One tile of rows, [units / 16][16 rows][16 units] to [units / 16][16 units][16 rows].
+void turn_queries(uint32_t* queries, int64_t num_units) {
+    for (int64_t unit = 0; unit < num_units; unit += TILE, queries += UNITS) {
+        alignas(64) uint32_t turned[UNITS];
+        const uint32_t* rows[TILE];
+        for (int row = 0; row < TILE; ++row) rows[row] = queries + row * TILE;
+        transpose(rows, 0, turned);
+        memcpy(queries, turned, sizeof turned);
+    }
+}
+
 template <class Q>
 void finish(const Call& call, const Item& item, int64_t kv_head, const State& state) {
     const Layer& layer = call.layer;
@@ -742,7 +840,8 @@ void find_block(const Call& call, const Item& item, int64_t block, Places& place
 }
 
 template <class E>
-void run_block(const Call& call, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen, Scratch<E>& own) {
+void run_block(const Call& call, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen,
+               const char* const* keys, Scratch<E>& own) {
     for (int64_t first = base; first < base + num_rows; first += TILE) {
         int64_t count = std::min(TILE, base + num_rows - first);
         const Row* rows = own.rows.data() + first;
@@ -752,8 +851,12 @@ void run_block(const Call& call, int64_t first_key, int64_t base, int64_t num_ro
         int64_t num_groups = ceil_div(end, LANES);
         State state = own.state.from_row(first, own.columns);
         float factors[TILE];
-        E::score(own.queries + first * own.num_units, own.keys, own.num_units, count, num_groups, own.scores);
-        soften<E>(call.layer, rows, count, first_key, num_groups, own.scores, own.weights, state, factors);
+        const uint32_t* queries = own.queries + first * own.num_units;
+        int64_t row_stride = keys ? LANES : BLOCK, group_stride = keys ? UNITS : LANES;
+        if (keys) E::score_in_place(queries, keys, call.token_bytes, own.num_units, count, num_groups, own.scores);
+        else E::score(queries, own.keys, own.num_units, count, num_groups, own.scores);
+        soften<E>(call.layer, rows, count, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
+                  factors);
         E::weigh(own.weights, own.values, end, count, factors, state.sums, own.columns);
     }
 }
@@ -762,8 +865,12 @@ template <class Q, class E>
 void run_item(const Call& call, const Item& item, const Item* next_item, Places& places, Scratch<E>& own) {
     int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
     int64_t head_rows = num_tiles * TILE;
-    for (int64_t head = 0; head < item.num_heads; ++head)
+    bool in_place = E::READS_KEYS && num_tiles == 1 && call.layer.page_kind == E::KIND &&
+                    call.layer.head_dim % (TILE * E::PER_UNIT) == 0 && call.batch.page_size % TILE == 0;
+    for (int64_t head = 0; head < item.num_heads; ++head) {
         load_queries<Q, E>(call, item, item.head + head, head * head_rows, num_tiles, own);
+        if (in_place) turn_queries(own.queries + head * head_rows * own.num_units, own.num_units);
+    }
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
         own.state.reset(item.num_heads * head_rows, own.columns);
@@ -774,8 +881,13 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 Coming coming{next, head, item.num_heads, item.num_heads * call.head_bytes};
-                lay_out(call, places, head * call.head_bytes, coming, own);
-                run_block(call, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK), own);
+                lay_out(call, places, head * call.head_bytes, coming, in_place, own);
+                // pages hold whole groups
+                const char* keys[GROUPS] = {};
+                for (int64_t key = 0; in_place && key < places.count; key += LANES)
+                    keys[key / LANES] = call.keys + places.at[key] + head * call.head_bytes;
+                run_block(call, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK),
+                          in_place ? keys : nullptr, own);
             }
             places = next;
         }

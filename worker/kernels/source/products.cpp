@@ -214,6 +214,7 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
 
 constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
+constexpr int64_t FEW_PAIRS = 4;      // of tiles of rows: weights pass faster than memory answers
 constexpr int64_t LINE = 64;
 
 INLINE void prefetch(const char* from, int64_t num_lines) {
@@ -323,9 +324,11 @@ void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* 
     const bf16* coming = (const bf16*)p.packed + next * num_steps * STEP_ELEMENTS;
     int64_t tile_rows = num_steps * TILE * STEP, num_pairs = ceil_div(count, 2 * TILE);
     auto nothing = [](int64_t) {};
+    int64_t ahead = std::min(num_pairs > FEW_PAIRS ? STEPS_AT_ONCE : 3 * STEPS_AT_ONCE, num_steps);
     for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE) {
-        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step;
-        const char* wanted = (const char*)(end < num_steps ? packed + end * STEP_ELEMENTS : coming);
+        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step, then = step + ahead;
+        const bf16* next_steps = then < num_steps ? packed + then * STEP_ELEMENTS : coming + (then - num_steps) * STEP_ELEMENTS;
+        const char* wanted = (const char*)next_steps;
         int64_t lines = ceil_div(STEPS_AT_ONCE * STEP_ELEMENTS * sizeof(bf16) / LINE, num_pairs);
         const bf16 *weights = packed + step * STEP_ELEMENTS, *upper = x + step * TILE * STEP;
         for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, wanted += lines * LINE) {
