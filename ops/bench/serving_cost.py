@@ -175,18 +175,19 @@ def running_fleet(folder: Path, worker: Sequence[str]) -> Iterator[Fleet]:
         gateway = stack.enter_context(process(folder, "ops.cli", "gateway", "--port", str(port), *options))
         seconds_until(f"http://127.0.0.1:{port}", "/health/live")
         agent = stack.enter_context(process(folder, *worker, *options, "--graceful-termination-timeout", "1"))
-        seconds_until(f"http://127.0.0.1:{port}", "/health")
-        engine = child_of(agent.pid)
+        seconds_until(f"http://127.0.0.1:{port}", "/health", agent)
+        (engine,) = children_of(agent.pid)
         yield Fleet(port, dict(zip(PARTS, (gateway.pid, server.process.pid, agent.pid, engine), strict=True)))
 
 
-def child_of(pid: int) -> int:
+def children_of(pid: int) -> list[int]:
+    found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             status = (folder / "stat").read_text() if folder.name.isdigit() else ""
             if status and int(status.rpartition(")")[2].split()[1]) == pid:
-                return int(folder.name)
-    raise RuntimeError(f"process {pid} has no child")
+                found.append(int(folder.name))
+    return found
 
 
 def run_round(fleet: Fleet, door: str, num_clients: int) -> dict[str, Any]:

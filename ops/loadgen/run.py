@@ -122,7 +122,10 @@ class Client:
 
     async def ask(self, ask: Ask, due: float) -> Answer:
         """The answer, whatever became of it. `due` is when it was to be asked."""
-        answer = Answer(ask.max_tokens, due)
+        return await self.fill(Answer(ask.max_tokens, due), ask)
+
+    async def fill(self, answer: Answer, ask: Ask) -> Answer:
+        """As `ask`, with an answer that others may look at while it comes."""
         request, listeners = self.target.request(ask), []
 
         def listen(connection: Connection) -> _Listener:
