@@ -214,7 +214,7 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
 
 constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
-constexpr int64_t FEW_PAIRS = 4;      // of tiles of rows: weights pass faster than memory answers
+constexpr int64_t FEW_ROWS = 64;      // up to which weights take longer from memory than products
 constexpr int64_t LINE = 64;
 
 INLINE void prefetch(const char* from, int64_t num_lines) {
@@ -292,26 +292,36 @@ void lay_out_rows(const Product& p, int64_t first, int64_t count, int64_t num_st
     }
 }
 
-// Up to 32 rows, which every thread lays out for itself: that takes no longer than to wait for others.
-template <bool HAS_LOWER>
+// Few rows, which every thread lays out for itself: that takes no longer than to wait for others. Each pair of tiles goes
+// through a whole panel, which is in the second-level cache by then.
 void multiply_few(const Product& p) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP, panel_size = num_steps * STEP_ELEMENTS;
-    int64_t upper = std::min(TILE, p.num_rows), lower = p.num_rows - upper, ahead = std::min(AHEAD, num_steps);
+    int64_t num_tiles = ceil_div(p.num_rows, TILE), num_pairs = ceil_div(num_tiles, 2);
+    int64_t lines = STEP_ELEMENTS * sizeof(bf16) / LINE / num_pairs, share = num_steps * lines * LINE / sizeof(bf16);
     const bf16* packed = (const bf16*)p.packed;
     for_panels(p.num_panels(), [&](auto&& for_each) {
-        bf16* x = (bf16*)scratch<ROWS_IN_TILES>(2 * tile_rows * sizeof(bf16));
-        lay_out_rows(p, 0, upper, num_steps, x);
-        lay_out_rows(p, TILE, lower, num_steps, x + tile_rows);
+        bf16* x = (bf16*)scratch<ROWS_IN_TILES>(num_tiles * tile_rows * sizeof(bf16));
+        for (int64_t tile = 0; tile < num_tiles; ++tile)
+            lay_out_rows(p, tile * TILE, std::min(TILE, p.num_rows - tile * TILE), num_steps, x + tile * tile_rows);
+        int64_t upper = std::min(TILE, p.num_rows), lower = std::min(TILE, p.num_rows - upper);
         configure(upper, lower);
         alignas(64) float sums[2 * TILE * PANEL];
         for_each([&](int64_t panel, int64_t next) {
             const bf16 *from = packed + panel * panel_size, *coming = packed + next * panel_size;
-            add_steps<HAS_LOWER>(x, x + tile_rows, from, num_steps, true, sums, [&](int64_t step) {
-                int64_t at = step + ahead;
-                const bf16* wanted = at < num_steps ? from + at * STEP_ELEMENTS : coming + (at - num_steps) * STEP_ELEMENTS;
-                prefetch((const char*)wanted, STEP_ELEMENTS * sizeof(bf16) / LINE);
-            });
-            finish_rows(p, sums, 0, p.num_rows, panel);
+            int64_t ahead = std::min(AHEAD, num_steps) * STEP_ELEMENTS;
+            for (int64_t pair = 0; pair < num_pairs; ++pair) {
+                const bf16* rows = x + 2 * pair * tile_rows;
+                int64_t first = pair * 2 * TILE, count = std::min(2 * TILE, p.num_rows - first);
+                // the first pair finds the beginning of its panel there, the last ones see to the rest and to the next one
+                auto before_step = [&](int64_t step) {
+                    int64_t at = ahead + pair * share + step * lines * (LINE / (int64_t)sizeof(bf16));
+                    const bf16* wanted = at < panel_size ? from + at : coming + (at - panel_size);
+                    prefetch((const char*)wanted, lines);
+                };
+                if (count > TILE) add_steps<true>(rows, rows + tile_rows, from, num_steps, true, sums, before_step);
+                else add_steps<false>(rows, nullptr, from, num_steps, true, sums, before_step);
+                finish_rows(p, sums, first, count, panel);
+            }
         });
         _tile_release();
     });
@@ -323,19 +333,16 @@ void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* 
     const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
     const bf16* coming = (const bf16*)p.packed + next * num_steps * STEP_ELEMENTS;
     int64_t tile_rows = num_steps * TILE * STEP, num_pairs = ceil_div(count, 2 * TILE);
-    auto nothing = [](int64_t) {};
-    int64_t ahead = std::min(num_pairs > FEW_PAIRS ? STEPS_AT_ONCE : 3 * STEPS_AT_ONCE, num_steps);
     for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE) {
-        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step, then = step + ahead;
-        const bf16* next_steps = then < num_steps ? packed + then * STEP_ELEMENTS : coming + (then - num_steps) * STEP_ELEMENTS;
-        const char* wanted = (const char*)next_steps;
-        int64_t lines = ceil_div(STEPS_AT_ONCE * STEP_ELEMENTS * sizeof(bf16) / LINE, num_pairs);
+        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step;
+        int64_t lines = ceil_div(STEP_ELEMENTS * sizeof(bf16) / LINE, num_pairs);
+        const char* wanted = (const char*)(end < num_steps ? packed + end * STEP_ELEMENTS : coming);
         const bf16 *weights = packed + step * STEP_ELEMENTS, *upper = x + step * TILE * STEP;
-        for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, wanted += lines * LINE) {
-            prefetch(wanted, lines);
+        for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, wanted += num * lines * LINE) {
+            auto before_step = [&](int64_t at) { prefetch(wanted + at * lines * LINE, lines); };
             float* own = sums + row * PANEL;
-            if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, weights, num, step == 0, own, nothing);
-            else add_steps<false>(upper, nullptr, weights, num, step == 0, own, nothing);
+            if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, weights, num, step == 0, own, before_step);
+            else add_steps<false>(upper, nullptr, weights, num, step == 0, own, before_step);
             if (end == num_steps) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
         }
     }
@@ -361,9 +368,8 @@ void multiply_many(const Product& p) {
 }
 
 void multiply_with_tiles(const Product& p) {
-    if (p.num_rows > 2 * TILE) multiply_many(p);
-    else if (p.num_rows > TILE) multiply_few<true>(p);
-    else if (p.num_rows) multiply_few<false>(p);
+    if (p.num_rows > FEW_ROWS) multiply_many(p);
+    else if (p.num_rows) multiply_few(p);
 }
 
 #endif
