@@ -83,15 +83,27 @@ INLINE void finish(floats left, floats right, const Product& p, int64_t row, int
 // Neighbouring panels that a thread takes at a time: it reads on where it is, and the end comes for all at once.
 constexpr int64_t MOST_PANELS = 8, TURNS = 4;
 
+// Calls `work(for_each)` on some threads, whose `for_each(multiply)` calls `multiply(first, end, next)` for pieces. Behind a
+// piece a thread's next one, which begins at `next`, is the one after the next, most likely.
 template <class Work>
-void for_panels(int64_t num_panels, const Work& work) {
+void for_pieces(int64_t num_panels, const Work& work) {
     int64_t size = std::max<int64_t>(std::min(MOST_PANELS, num_panels / (TURNS * num_threads())), 1);
     in_parallel(ceil_div(num_panels, size), [&](Pieces& pieces) {
         work([&](auto&& multiply) {
             for (int64_t piece; pieces.next(piece);)
-                for (int64_t panel = piece * size, end = std::min(panel + size, num_panels); panel < end; ++panel)
-                    // behind the last one of a piece this thread's next piece is the one after the next, most likely
-                    multiply(panel, panel + 1 < end ? panel + 1 : panel + 1 + (num_threads() - 1) * size);
+                multiply(piece * size, std::min(piece * size + size, num_panels), (piece + num_threads()) * size);
+        });
+    });
+}
+
+// The same panel by panel, `multiply(panel, next)`.
+template <class Work>
+void for_panels(int64_t num_panels, const Work& work) {
+    for_pieces(num_panels, [&](auto&& for_each_piece) {
+        work([&](auto&& multiply) {
+            for_each_piece([&](int64_t first, int64_t end, int64_t next) {
+                for (int64_t panel = first; panel < end; ++panel) multiply(panel, panel + 1 < end ? panel + 1 : next);
+            });
         });
     });
 }
@@ -214,6 +226,7 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
 
 constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
+constexpr int64_t MOST_MANY = 512;    // rows at a time
 constexpr int64_t FEW_ROWS = 64;      // up to which weights take longer from memory than products
 constexpr int64_t LINE = 64;
 
@@ -327,41 +340,63 @@ void multiply_few(const Product& p) {
     });
 }
 
-// All rows of a block against one panel, some steps at a time. What comes next is called from memory bit by bit.
-void multiply_panel(const Product& p, int64_t begin, int64_t count, const bf16* x, int64_t num_steps, int64_t panel,
-                    int64_t next, float* sums) {
-    const bf16* packed = (const bf16*)p.packed + panel * num_steps * STEP_ELEMENTS;
-    const bf16* coming = (const bf16*)p.packed + next * num_steps * STEP_ELEMENTS;
-    int64_t tile_rows = num_steps * TILE * STEP, num_pairs = ceil_div(count, 2 * TILE);
-    for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE) {
-        int64_t end = std::min(step + STEPS_AT_ONCE, num_steps), num = end - step;
-        int64_t lines = ceil_div(STEP_ELEMENTS * sizeof(bf16) / LINE, num_pairs);
-        const char* wanted = (const char*)(end < num_steps ? packed + end * STEP_ELEMENTS : coming);
-        const bf16 *weights = packed + step * STEP_ELEMENTS, *upper = x + step * TILE * STEP;
-        for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, wanted += num * lines * LINE) {
+// Rows of a block against some panels, some steps at a time: where not all of x stays in the second-level cache, what these
+// steps need of it does. What comes next is called from memory bit by bit.
+struct Block {
+    const Product& p;
+    const bf16* x;
+    int64_t num_steps, begin, count;
+    float* sums;  // [panels][rows, whole pairs of tiles][32]
+
+    const bf16* weights(int64_t panel, int64_t step) const {
+        return (const bf16*)p.packed + (panel * num_steps + step) * STEP_ELEMENTS;
+    }
+
+    void multiply(int64_t first, int64_t end, int64_t next) const {
+        int64_t pairs = ceil_div(count, 2 * TILE);
+        for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE)
+            for (int64_t panel = first; panel < end; ++panel) {
+                int64_t then = step + STEPS_AT_ONCE;
+                const bf16* wanted = panel + 1 < end      ? weights(panel + 1, step)
+                                     : then < num_steps ? weights(first, then)
+                                                        : weights(next, 0);
+                float* own = sums + (panel - first) * pairs * 2 * TILE * PANEL;
+                multiply(panel, step, std::min(STEPS_AT_ONCE, num_steps - step), pairs, (const char*)wanted, own);
+            }
+    }
+
+    void multiply(int64_t panel, int64_t step, int64_t num, int64_t pairs, const char* wanted, float* own) const {
+        int64_t lines = ceil_div(STEP_ELEMENTS * sizeof(bf16) / LINE, pairs), tile_rows = num_steps * TILE * STEP;
+        const bf16 *here = weights(panel, step), *upper = x + step * TILE * STEP;
+        for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, own += 2 * TILE * PANEL) {
             auto before_step = [&](int64_t at) { prefetch(wanted + at * lines * LINE, lines); };
-            float* own = sums + row * PANEL;
-            if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, weights, num, step == 0, own, before_step);
-            else add_steps<false>(upper, nullptr, weights, num, step == 0, own, before_step);
-            if (end == num_steps) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
+            if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, here, num, step == 0, own, before_step);
+            else add_steps<false>(upper, nullptr, here, num, step == 0, own, before_step);
+            if (step + num == num_steps) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
+            wanted += num * lines * LINE;
         }
     }
-}
+};
 
 void multiply_many(const Product& p) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
-    int64_t most = rows_at_a_time(num_steps * STEP * sizeof(bf16), 2 * TILE);
-    bf16* x = (bf16*)scratch<ROWS_IN_TILES>(ceil_div(std::min(most, p.num_rows), TILE) * tile_rows * sizeof(bf16));
-    for (int64_t begin = 0; begin < p.num_rows; begin += most) {
-        int64_t count = std::min(most, p.num_rows - begin);
+    bf16* x = (bf16*)scratch<ROWS_IN_TILES>(ceil_div(std::min(MOST_MANY, p.num_rows), TILE) * tile_rows * sizeof(bf16));
+    for (int64_t begin = 0; begin < p.num_rows; begin += MOST_MANY) {
+        int64_t count = std::min(MOST_MANY, p.num_rows - begin), whole = ceil_div(count, 2 * TILE) * 2 * TILE;
         for_each_in_parallel(ceil_div(count, TILE), [&](int64_t tile) {
             lay_out_rows(p, begin + tile * TILE, std::min(TILE, count - tile * TILE), num_steps, x + tile * tile_rows);
         });
-        for_panels(p.num_panels(), [&](auto&& for_each) {
+        bool stays = count * num_steps * STEP * (int64_t)sizeof(bf16) <= BLOCK_BYTES;
+        for_pieces(p.num_panels(), [&](auto&& for_each) {
             // what lies behind the last row of a tile comes to nothing but sums that nobody reads
             configure(TILE, TILE);
-            float* sums = (float*)scratch<SUMS>(ceil_div(count, 2 * TILE) * 2 * TILE * PANEL * sizeof(float));
-            for_each([&](int64_t panel, int64_t next) { multiply_panel(p, begin, count, x, num_steps, panel, next, sums); });
+            float* sums = (float*)scratch<SUMS>(MOST_PANELS * whole * PANEL * sizeof(float));
+            Block block{p, x, num_steps, begin, count, sums};
+            for_each([&](int64_t first, int64_t end, int64_t next) {
+                if (!stays) return block.multiply(first, end, next);
+                for (int64_t panel = first; panel < end; ++panel)
+                    block.multiply(panel, panel + 1, panel + 1 < end ? panel + 1 : next);
+            });
             _tile_release();
         });
     }
