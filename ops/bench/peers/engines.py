@@ -46,8 +46,12 @@ CANDIDATES: dict[str, list[Settings]] = {
         {"large_pages": True, "enable_prefix_caching": False, "max_num_batched_tokens": 8192},
     ],
     "llama.cpp": [
-        LLAMA_CPP | {"kv_type": kv_type, "flash_attn": flash_attn, "n_ubatch": n_ubatch}
-        for kv_type, flash_attn, n_ubatch in itertools.product(("float16", "bfloat16"), (True, False), (512, 2048))
+        *(
+            LLAMA_CPP | {"kv_type": kv_type, "flash_attn": flash_attn}
+            for kv_type, flash_attn in itertools.product(("float16", "bfloat16"), (True, False))
+        ),
+        LLAMA_CPP | {"n_ubatch": 2048},
+        LLAMA_CPP | {"n_seq_max": 64, "kv_unified": True},
     ],
     "transformers": [{"continuous": False}, {"continuous": True}],
 }
