@@ -74,13 +74,12 @@ SHORT = Sizes(CONFIG | TINY | {"vocab_size": 500}, num_system=70, num_new=8, num
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One request: its prompt, how much of that was computed, and milliseconds until its first token, of which so many
-    in attention. What cannot be seen from outside is None."""
+    """One request: its prompt, milliseconds until its first token, and how much of the prompt was computed, None where
+    that cannot be seen from outside."""
 
     num_tokens: int
     ttft_ms: float
     num_computed: int | None = None
-    attention_ms: float | None = None
 
 
 @dataclass
@@ -126,39 +125,23 @@ def hold_chat(ask: Ask, sizes: Sizes, number: int) -> Round:
 # An engine in this process.
 
 
-class TimedAttention:
-    """Another one, and the seconds that were spent in it."""
-
-    def __init__(self, attention: Any) -> None:
-        self._attention, self.seconds = attention, 0.0
-        self.reads_whole_pages, self.prepare = attention.reads_whole_pages, attention.prepare
-
-    def attend(self, *arguments: Any) -> Any:
-        started = time.perf_counter()
-        attended = self._attention.attend(*arguments)
-        self.seconds += time.perf_counter() - started
-        return attended
-
-
 def asker_of(engine: OfflineEngine) -> Ask:
-    model: Any = engine.device.model
-    attention = model.attention = TimedAttention(model.attention)
     numbers = itertools.count()
 
     def ask(prompt: list[int], num_wanted: int) -> tuple[Probe, list[int]]:
         asked = submit(str(next(numbers)), list(prompt), num_wanted, {"ignore_eos": True})
         before, answer, is_over = engine.stats.prefill_tokens, list[int](), False
-        started, attention.seconds = time.perf_counter(), 0.0
+        started = time.perf_counter()
         engine.send(asked)
         while not is_over:
             for run in engine.turn():
                 if run.error:
                     raise RuntimeError(run.error)
                 if not answer:
-                    ttft_ms, attention_ms = 1e3 * (time.perf_counter() - started), 1e3 * attention.seconds
+                    ttft_ms = 1e3 * (time.perf_counter() - started)
                 answer += run.ids
                 is_over = bool(run.finish)
-        return Probe(len(prompt), ttft_ms, engine.stats.prefill_tokens - before, attention_ms), answer
+        return Probe(len(prompt), ttft_ms, engine.stats.prefill_tokens - before), answer
 
     return ask
 
@@ -304,7 +287,7 @@ def rounds_of(found: dict[str, Any], where: str) -> list[Round]:
 
 def table(found: dict[str, Any]) -> str:
     """Of what `--json` writes."""
-    titles = ["", "tokens", "computed", "until the first token, ms", "of it attention", "roofline"]
+    titles = ["", "tokens", "computed", "until the first token, ms", "roofline"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     ratios = ["", f"| {BAR} | median (range) | bar | of the rooflines |", "|---|---|---|---|"]
     for where in PLACES:
@@ -331,7 +314,6 @@ def _row(name: str, probes: Sequence[Probe], found: dict[str, Any]) -> str:
     for values, digits in (
         ([each.num_computed for each in probes], 0),
         ([each.ttft_ms for each in probes], 1),
-        ([each.attention_ms for each in probes], 1),
         ([_roofline_ms(each, found) for each in probes], 1),
     ):
         known = [value for value in values if value is not None]

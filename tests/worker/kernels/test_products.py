@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from worker.kernels.elementwise import ACTIVATIONS, CpuOperations
 from worker.kernels.products import PackedLinear, pack
 from worker.model.lora import AdaptedLinear
 from worker.model.weights import DenseLinear, MlpWeights
@@ -105,3 +108,33 @@ def test_a_tree_is_packed_where_it_is_dense_and_of_a_known_type(library):
     packed = pack(layers, library)
     assert packed is layers and isinstance(layers[0].up.base, PackedLinear) and layers[0].down is half
     assert pack(half, None) is half
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_what_follows_a_product_is_the_same_as_one_after_the_other(library, dtype, kind):
+    activate = CpuOperations(library).activation(kind, is_gated=True)
+    for num_rows, (half, num_in) in itertools.product((1, 16, 33, 70, 130), ((16, 32), (23, 31), (64, 1030))):
+        product = dense((2 * half, num_in), dtype, has_bias=num_rows != 33)
+        gated, plain = (PackedLinear(library, product, is_gated=is_gated) for is_gated in (True, False))
+        x = random(num_rows, num_in, dtype=dtype, seed=2)
+        assert torch.equal(gated(x), plain(x))
+        assert torch.equal(gated.multiply(x, ACTIVATIONS[kind]), activate(plain(x)))
+        assert not torch.equal(gated.multiply(x, ACTIVATIONS[kind]), activate(plain(x).roll(half, 1)))
+        alone = CpuOperations(library).activation(kind, is_gated=False)
+        assert torch.equal(plain.multiply(x, ACTIVATIONS[kind]), alone(plain(x)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_sum_with_what_came_before_is_rounded_as_two_steps_are(library, dtype):
+    for num_rows, shape in itertools.product((1, 31, 65, 200), ((33, 31), (64, 96))):
+        packed = PackedLinear(library, dense(shape, dtype))
+        x, residual = random(num_rows, shape[1], dtype=dtype), random(num_rows, shape[0], dtype=dtype, seed=7)
+        assert packed.can_add(residual) and not packed.can_add(residual.double())
+        assert torch.equal(packed.multiply(x, residual=residual), residual + packed(x))
+
+
+def test_rows_of_a_gated_matrix_come_back_out_of_panels(library):
+    product, numbers = dense((46, 40), torch.bfloat16), torch.arange(46)
+    packed = PackedLinear(library, product, is_gated=True)
+    assert torch.equal(packed.rows(numbers), product.weight)

@@ -33,3 +33,50 @@ def test_models_with_kernels_agree_with_those_of_torch(tiny, name, dtype):
     assert isinstance(decoder.weights.layers[-1].qkv, PackedLinear)
     assert isinstance(decoder.weights.embed, PackedEmbedding if was_tied else DenseEmbedding)
     assert relative_error(paged_logits(decoder, model.sequences)[0], expected) <= TOLERANCES[dtype]
+
+
+STACKED = ["llama_biases_llama3", "qwen3", "gpt2"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dtype):
+    model, library = tiny(name), load_library()
+    plain = load_decoder(model.folder, dtype=dtype)
+    decoder = Decoder(
+        plain.spec, pack(plain.weights, library), NativeAttention(library), operations=CpuOperations(library)
+    )
+    calls = counted(decoder)
+    together = paged_logits(decoder, model.sequences)[0]
+    assert calls, "the layers are to go together"
+    layers = decoder._stack._kept.weights
+    decoder._stack = None
+    one_by_one = paged_logits(decoder, model.sequences)[0]
+    assert all(torch.equal(*pair) for pair in zip(together, one_by_one, strict=True))
+    layers[0], layers[1] = layers[1], layers[0]
+    swapped = paged_logits(decoder, model.sequences)[0]
+    assert not any(torch.equal(*pair) for pair in zip(together, swapped, strict=True))
+
+
+def counted(decoder):
+    stack, calls = decoder._stack, []
+    assert stack is not None
+
+    class Counted:
+        _kept, is_ready = stack._kept, stack.is_ready
+
+        def __call__(self, *arguments):
+            calls.append(len(arguments))
+            return stack(*arguments)
+
+    decoder._stack = Counted()
+    return calls
+
+
+def test_a_layer_that_has_more_than_kernels_goes_alone(tiny):
+    library = load_library()
+    for name in ("bloom_12_heads", "llama_biases_llama3"):
+        decoder = load_decoder(tiny(name).folder)
+        packed = pack(decoder.weights, library) if name == "bloom_12_heads" else decoder.weights
+        decoder = Decoder(decoder.spec, packed, NativeAttention(library), operations=CpuOperations(library))
+        assert (decoder._stack is None) == (name == "llama_biases_llama3"), name

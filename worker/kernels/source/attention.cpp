@@ -615,13 +615,13 @@ void prefetch(const Call& call, const Places& places, int64_t first, int64_t end
     }
 }
 
-// What is to be called while the keys of one head are laid out: the share of the `part`-th of so many heads.
+// What is to be called while the values of one head are laid out: the share of the `part`-th of so many heads.
 struct Coming {
     const Places& places;
     int64_t part, num_parts, size;
 
-    void call_some(const Call& call, int64_t group) const {
-        int64_t steps = GROUPS * num_parts, step = part * GROUPS + group;
+    void call_some(const Call& call, int64_t at, int64_t count) const {
+        int64_t steps = count * num_parts, step = part * count + at;
         prefetch(call, places, step * BLOCK / steps, (step + 1) * BLOCK / steps, size);
     }
 };
@@ -651,12 +651,13 @@ void lay_out(const Call& call, const Places& places, int64_t offset, const Comin
         for (int64_t block = 0; !in_place && block < own.num_units / TILE; ++block)
             transpose((const uint32_t* const*)rows + group * LANES, block * TILE,
                       own.keys + (block * GROUPS + group) * UNITS);
-        coming.call_some(call, group);
     }
-    for (int64_t group = num_groups; group < GROUPS; ++group) coming.call_some(call, group);
     gather(call, call.values + offset, places, end, own, rows);
     int64_t num_columns = own.columns / LANES;
-    for (int64_t unit = 0; unit < end / E::PER_UNIT; ++unit) {
+    constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
+    for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {
+        coming.call_some(call, unit, MOST_UNITS);
+        if (unit >= end / E::PER_UNIT) continue;
         uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
         store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
     }
