@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
 from ops.bench import lora, prefix, quant, scaling
+from ops.bench.peers import results
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
@@ -32,6 +33,7 @@ class Table(NamedTuple):
 TABLES: dict[str, Table] = {
     "quant": Table("quant.json", quant.table),
     "lora": Table("lora.json", lora.table_of_file),
+    "peers": Table("peers.json", results.table),
     "prefix": Table("prefix.json", prefix.table),
     "scaling": Table("scaling.json", scaling.table),
 }
