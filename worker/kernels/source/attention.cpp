@@ -923,12 +923,15 @@ int64_t work_of(const Call& call, const Item& item) {
 
 void add_items(const Call& call, int64_t queries_at_once, std::vector<Item>& blocks) {
     int64_t token = 0;
-    for (int64_t row = 0; row < call.batch.num_rows; ++row)
-        for (int64_t first = 0, all = call.batch.num_queries[row]; first < all; first += queries_at_once) {
-            int64_t count = std::min(queries_at_once, all - first);
+    for (int64_t row = 0; row < call.batch.num_rows; ++row) {
+        // of about one size: a short rest would lay out as many keys as the others
+        int64_t all = call.batch.num_queries[row], size = all ? ceil_div(all, ceil_div(all, queries_at_once)) : 1;
+        for (int64_t first = 0; first < all; first += size) {
+            int64_t count = std::min(size, all - first);
             blocks.push_back({row, 0, 1, first, count, token, 0, 1, nullptr});
             token += count;
         }
+    }
     std::stable_sort(blocks.begin(), blocks.end(),
                      [&](const Item& a, const Item& b) { return work_of(call, a) > work_of(call, b); });
 }
@@ -938,7 +941,7 @@ void plan(const Call& call, int64_t num_threads, Plan& made) {
     blocks.clear(), made.items.clear(), made.split.clear();
     int64_t num_tokens = 0, work = 0, num_heads = call.layer.num_kv_heads;
     for (int64_t row = 0; row < call.batch.num_rows; ++row) num_tokens += call.batch.num_queries[row];
-    int64_t rows = num_tokens * call.layer.num_heads / (4 * num_threads);
+    int64_t rows = num_tokens * call.layer.num_heads / (2 * num_threads);
     rows = std::min(std::max(rows, TILE), MOST_ROWS);
     add_items(call, std::max(rows / call.group, (int64_t)1), blocks);
     for (const Item& block : blocks) work += work_of(call, block) * num_heads;
