@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
-from ops.bench import lora, prefix, quant, scaling
+from ops.bench import lora, prefix, quant, scaling, serving_peers
 from ops.bench.peers import results
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -36,6 +36,7 @@ TABLES: dict[str, Table] = {
     "peers": Table("peers.json", results.table),
     "prefix": Table("prefix.json", prefix.table),
     "scaling": Table("scaling.json", scaling.table),
+    "serving": Table("serving.json", serving_peers.table),
 }
 
 PLOTS: dict[str, Table] = {
