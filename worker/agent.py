@@ -45,7 +45,7 @@ from common.text.tokenizer import TextTokenizer
 from worker.adapters import Adapters, Brought
 from worker.announce import ModelFiles, find_model, make_card, read_model, served_name
 from worker.credit import Credit
-from worker.engine_client import REAL_ENGINE, settings_json, thread_environment
+from worker.engine_client import REAL_ENGINE, engine_environment, settings_json
 from worker.engine_keeper import EngineKeeper
 from worker.held import CANCEL_REASONS, Held, HeldJobs
 from worker.metrics import WorkerMetrics
@@ -96,7 +96,7 @@ class Agent:
         self.metrics = WorkerMetrics()
         self._fleet, self._job_store = FleetStore(connection), JobStore(connection)
         self._started_ms = round(time.time() * 1000)
-        environment = thread_environment(settings.threads, settings.ranks_per_node)
+        environment = engine_environment(settings.threads, settings.ranks_per_node)
         self._search = Search(partial(find_model, settings))
         self._adapters = Adapters(settings, self._send, self._on_no_adapter, self._wake)
         self._engine = EngineKeeper(command, environment, clock, self)

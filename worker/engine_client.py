@@ -35,7 +35,7 @@ def threads_per_rank(threads: int, num_ranks: int) -> int:
     return max(1, (threads or num_cores()) // num_ranks)
 
 
-_ALLOCATOR = ":".join(
+ALLOCATOR = ":".join(
     (
         "glibc.malloc.hugetlb=1",
         f"glibc.malloc.mmap_threshold={32 << 20}",
@@ -46,14 +46,15 @@ _ALLOCATOR = ":".join(
 anew in every step costs more than many an operation."""
 
 
-def thread_environment(threads: int, num_ranks: int = 1) -> dict[str, str]:
+def engine_environment(threads: int, num_ranks: int = 1) -> dict[str, str]:
     """Environment for the ranks of an engine that has so many threads (0: all cores) together.
 
     Threads that spin at OpenMP barriers take the cores that agent, gateway and Redis need; where no core is left over
-    they sleep instead.
+    they sleep instead. Its C library keeps memory as ALLOCATOR says, unless the environment says otherwise already.
     """
+    allocator = os.environ.get("GLIBC_TUNABLES", ALLOCATOR)
     count = threads_per_rank(threads, num_ranks)
-    environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "GLIBC_TUNABLES": _ALLOCATOR}
+    environment = {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "GLIBC_TUNABLES": allocator}
     if count * num_ranks + NUM_OTHER_PROCESSES > num_cores():
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
     return environment

@@ -39,6 +39,7 @@ from ops.bench.serving_peers import (
     Row,
     caption_of,
     checked,
+    concluded,
     in_turn,
     made_up,
     markdown,
@@ -298,9 +299,7 @@ def main(arguments: Sequence[str]) -> int:
             found = {**measured_with(servers, options.rounds), "sizes": asdict(sizes), "rounds": rounds}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
-    misses = missed(found)
-    sys.stdout.write("\n".join([table(found), *misses]) + "\n")
-    return 1 if misses and not options.short else 0
+    return concluded(table(found), missed(found), is_short=options.short)
 
 
 if __name__ == "__main__":

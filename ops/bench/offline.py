@@ -16,7 +16,7 @@ from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
 from worker.engine.stats import EngineStats
-from worker.engine_client import thread_environment
+from worker.engine_client import engine_environment
 from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, TokenRun
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 def wait_as_workers_do(threads: int = 0, num_ranks: int = 1) -> None:
     """Give this process, and ranks that it starts, the environment that an agent gives its engine of so many threads
-    (0: all cores). torch reads it when it is imported; its threads would spin beside the kernels' own."""
-    environment = thread_environment(threads, num_ranks)
+    (0: all cores). torch reads it when it is imported; its threads would spin beside the kernels' own. What the
+    C library reads when a process starts reaches children alone."""
+    environment = engine_environment(threads, num_ranks)
     if "torch" not in sys.modules:
         os.environ.update(environment)
     elif os.environ.get(WAIT_POLICY) != environment.get(WAIT_POLICY):

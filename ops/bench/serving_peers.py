@@ -270,9 +270,13 @@ def main(arguments: Sequence[str]) -> int:
                 found = merged(found, clients, {**measured_with(servers, options.rounds), "rounds": rounds})
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=2) + "\n")
-    misses = missed(found)
-    sys.stdout.write("\n".join([table(found), *misses]) + "\n")
-    return 1 if misses and not options.short else 0
+    return concluded(table(found), missed(found), is_short=options.short)
+
+
+def concluded(text: str, misses: Sequence[str], *, is_short: bool) -> int:
+    """Say what was found and which bars are missed; the exit status. A dry run misses none."""
+    sys.stdout.write("\n".join([text, *misses]) + "\n")
+    return 1 if misses and not is_short else 0
 
 
 if __name__ == "__main__":

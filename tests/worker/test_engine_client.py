@@ -22,7 +22,7 @@ from tests.support.fake_worker import FAKE_ENGINE
 from tests.support.fleet import ROOT, process_state
 from tests.support.protocol import eventually
 from tests.support.tiny_model import byte_tokenizer_json, write_tiny_model
-from worker.engine_client import EngineProcess, num_cores, settings_json, thread_environment
+from worker.engine_client import ALLOCATOR, EngineProcess, engine_environment, num_cores, settings_json
 from worker.pipe import Abort, Commit, Failed, Message, Progress, Ready, Step, Stop, Submit
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
@@ -199,15 +199,22 @@ def test_settings_travel_without_secrets() -> None:
 
 
 def test_threads_are_limited_and_sleep_where_cores_are_shared() -> None:
-    alone = thread_environment(0)
+    alone = engine_environment(0)
     assert alone["OMP_NUM_THREADS"] == str(num_cores())
     assert alone["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert thread_environment(1)["OMP_NUM_THREADS"] == "1"
-    assert ("OMP_WAIT_POLICY" in thread_environment(1)) == (num_cores() < 3)
+    assert engine_environment(1)["OMP_NUM_THREADS"] == "1"
+    assert ("OMP_WAIT_POLICY" in engine_environment(1)) == (num_cores() < 3)
+
+
+def test_memory_is_kept_unless_the_environment_says_how(monkeypatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert engine_environment(0)["GLIBC_TUNABLES"] == ALLOCATOR
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    assert engine_environment(0)["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=1"
 
 
 def test_ranks_share_the_threads_and_each_has_one() -> None:
-    assert thread_environment(8, 2)["OMP_NUM_THREADS"] == "4"
-    assert thread_environment(8, 3)["MKL_NUM_THREADS"] == "2"
-    many = thread_environment(0, num_cores() + 1)
+    assert engine_environment(8, 2)["OMP_NUM_THREADS"] == "4"
+    assert engine_environment(8, 3)["MKL_NUM_THREADS"] == "2"
+    many = engine_environment(0, num_cores() + 1)
     assert (many["OMP_NUM_THREADS"], many["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")

@@ -125,7 +125,7 @@ class AdaptedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         result = self.base(x)
         step = self.slots.step
-        if step is not None and self._runs:
+        if step is not None and self.is_changed:
             if step.others is not None:
                 self._add_to_all(x, result, step.others[len(self._b)])
             else:

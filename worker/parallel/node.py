@@ -17,7 +17,7 @@ from typing import NoReturn
 from common.errors import ConfigurationError, WireError
 from common.settings import WorkerSettings
 from worker.announce import find_model
-from worker.engine_client import thread_environment
+from worker.engine_client import engine_environment
 from worker.parallel.group import Meeting, RankLost
 from worker.parallel.local_ranks import REAL_RANK, LocalRanks
 from worker.parallel.plans import PlanReader
@@ -83,7 +83,7 @@ class NodeLeader:
             self._on_report,
             self._on_end,
             command=rank_command,
-            environment=thread_environment(settings.threads, settings.ranks_per_node),
+            environment=engine_environment(settings.threads, settings.ranks_per_node),
         )
 
     @property

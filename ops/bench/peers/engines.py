@@ -12,7 +12,7 @@ from ops.bench.peers.checkpoints import checkpoint, gguf_of
 from ops.bench.peers.children import Child
 from ops.bench.peers.environments import LARGE_PAGES, PEERS, Environment, environment
 from ops.bench.peers.workloads import KV_TOKENS
-from worker.engine_client import thread_environment
+from worker.engine_client import engine_environment
 
 OURS = "ours"
 ENGINES = (OURS, *PEERS)
@@ -96,6 +96,7 @@ def start(engine: str, site: Site, settings: Settings) -> Child:
     try:
         child.load(order)
     except BaseException:
+        # whatever ends it, Ctrl-C too: a process in a group of its own must not stay behind
         child.close()
         raise
     return child
@@ -104,4 +105,4 @@ def start(engine: str, site: Site, settings: Settings) -> Child:
 def environment_of(engine: str, folder: Path) -> Environment:
     if engine in PEERS:
         return environment(engine, folder)
-    return Environment(Path(sys.executable), thread_environment(0), None)
+    return Environment(Path(sys.executable), engine_environment(0), None)

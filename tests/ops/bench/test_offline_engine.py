@@ -14,7 +14,7 @@ import torch
 
 from ops.bench.lora import SHORT
 from ops.bench.offline import WAIT_POLICY, wait_as_workers_do
-from worker.engine_client import thread_environment
+from worker.engine_client import engine_environment
 
 PROGRAM = """
 import importlib, os, sys
@@ -33,7 +33,7 @@ def test_no_bench_imports_torch_before_its_environment_is_there(tmp_path: Path) 
     environment = {name: value for name, value in os.environ.items() if name != WAIT_POLICY}
     words = [sys.executable, "-c", PROGRAM % WAIT_POLICY, str(tmp_path)]
     said = subprocess.check_output(words, env=environment, text=True).split()
-    assert said and set(said) == {str(thread_environment(0).get(WAIT_POLICY))}
+    assert said and set(said) == {str(engine_environment(0).get(WAIT_POLICY))}
 
 
 def test_where_torch_came_first_the_log_says_so(

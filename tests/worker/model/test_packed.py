@@ -49,10 +49,10 @@ def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dty
     calls = counted(decoder)
     together = paged_logits(decoder, model.sequences)[0]
     assert calls, "the layers are to go together"
-    layers = decoder._stack._kept.weights
     decoder._stack = None
     one_by_one = paged_logits(decoder, model.sequences)[0]
     assert all(torch.equal(*pair) for pair in zip(together, one_by_one, strict=True))
+    layers = decoder.weights.layers
     layers[0], layers[1] = layers[1], layers[0]
     swapped = paged_logits(decoder, model.sequences)[0]
     assert not any(torch.equal(*pair) for pair in zip(together, swapped, strict=True))
@@ -63,7 +63,7 @@ def counted(decoder):
     assert stack is not None
 
     class Counted:
-        _kept, is_ready = stack._kept, stack.is_ready
+        is_ready = stack.is_ready
 
         def __call__(self, *arguments):
             calls.append(len(arguments))

@@ -16,9 +16,9 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "scratch.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <sys/mman.h>
 
 namespace {
@@ -27,20 +27,9 @@ constexpr int64_t STEP = 32;  // of k, in bfloat16
 constexpr int64_t STEP_ELEMENTS = PANEL * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of x, which should stay in the second-level cache
 
-// Scratch memory of the calling thread, which only grows; one for each purpose.
-enum Purpose { ROWS_IN_TILES, SUMS };
-
-template <Purpose>
-void* scratch(size_t bytes) {
-    static thread_local void* memory = nullptr;
-    static thread_local size_t size = 0;
-    if (size < bytes) {
-        free(memory);
-        size = (bytes + 4095) / 4096 * 4096;
-        memory = aligned_alloc(4096, size);
-    }
-    return memory;
-}
+// Purposes of scratch memory.
+struct RowsInTiles {};
+struct Sums {};
 
 struct Product : Matrix {
     const void* x;
@@ -313,7 +302,7 @@ void multiply_few(const Product& p) {
     int64_t lines = STEP_ELEMENTS * sizeof(bf16) / LINE / num_pairs, share = num_steps * lines * LINE / sizeof(bf16);
     const bf16* packed = (const bf16*)p.packed;
     for_panels(p.num_panels(), [&](auto&& for_each) {
-        bf16* x = (bf16*)scratch<ROWS_IN_TILES>(num_tiles * tile_rows * sizeof(bf16));
+        bf16* x = (bf16*)scratch<RowsInTiles>(num_tiles * tile_rows * sizeof(bf16));
         for (int64_t tile = 0; tile < num_tiles; ++tile)
             lay_out_rows(p, tile * TILE, std::min(TILE, p.num_rows - tile * TILE), num_steps, x + tile * tile_rows);
         int64_t upper = std::min(TILE, p.num_rows), lower = std::min(TILE, p.num_rows - upper);
@@ -380,7 +369,7 @@ struct Block {
 
 void multiply_many(const Product& p) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
-    bf16* x = (bf16*)scratch<ROWS_IN_TILES>(ceil_div(std::min(MOST_MANY, p.num_rows), TILE) * tile_rows * sizeof(bf16));
+    bf16* x = (bf16*)scratch<RowsInTiles>(ceil_div(std::min(MOST_MANY, p.num_rows), TILE) * tile_rows * sizeof(bf16));
     for (int64_t begin = 0; begin < p.num_rows; begin += MOST_MANY) {
         int64_t count = std::min(MOST_MANY, p.num_rows - begin), whole = ceil_div(count, 2 * TILE) * 2 * TILE;
         for_each_in_parallel(ceil_div(count, TILE), [&](int64_t tile) {
@@ -390,7 +379,7 @@ void multiply_many(const Product& p) {
         for_pieces(p.num_panels(), [&](auto&& for_each) {
             // what lies behind the last row of a tile comes to nothing but sums that nobody reads
             configure(TILE, TILE);
-            float* sums = (float*)scratch<SUMS>(MOST_PANELS * whole * PANEL * sizeof(float));
+            float* sums = (float*)scratch<Sums>(MOST_PANELS * whole * PANEL * sizeof(float));
             Block block{p, x, num_steps, begin, count, sums};
             for_each([&](int64_t first, int64_t end, int64_t next) {
                 if (!stays) return block.multiply(first, end, next);

@@ -6,9 +6,9 @@
 //     x = x + activation(norm(x) @ up) @ down
 
 #include "kernels.h"
+#include "scratch.h"
 
-#include <cstdlib>
-#include <sys/mman.h>
+#include <algorithm>
 
 namespace {
 
@@ -63,20 +63,6 @@ struct Kernels<bf16> {
     static constexpr auto turn = inferfleet_turn_bf16;
 };
 
-// Memory of the calling thread for what is between kernels, which only grows.
-void* scratch(size_t bytes) {
-    constexpr size_t LARGE = 2 << 20;
-    static thread_local void* memory = nullptr;
-    static thread_local size_t size = 0;
-    if (size < bytes) {
-        free(memory);
-        size = (bytes + LARGE - 1) / LARGE * LARGE;
-        memory = aligned_alloc(LARGE, size);
-        madvise(memory, size, MADV_HUGEPAGE);
-    }
-    return memory;
-}
-
 // Rows of `inner` parts of `size` elements, `stride` elements apart.
 template <class T>
 void normalise(const Stack& stack, const NormWeights& weights, const T* x, int64_t num_rows, int64_t inner, int64_t size,
@@ -97,7 +83,7 @@ struct Buffers {
         T** places[] = {&sums, &normed, &heads, &normed_heads, &q, &attended, &inner};
         int64_t all = 0;
         for (int64_t& width : widths) width = ceil_div(width * num_tokens, 64) * 64, all += width;
-        T* place = (T*)scratch(all * sizeof(T));
+        T* place = (T*)scratch<Buffers>(all * sizeof(T));
         for (int64_t index = 0; index < 7; ++index) *places[index] = place, place += widths[index];
     }
 };

@@ -52,6 +52,7 @@ def states(group: int) -> set[str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
+    # a signal takes a moment; what never comes is ended by the limit on every test
     while not condition():
         time.sleep(0.01)
 
