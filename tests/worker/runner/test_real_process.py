@@ -36,6 +36,7 @@ from worker.pipe import (
 DEADLINE_S = 60.0
 ROOT = Path(__file__).parents[3]
 NUM_RANKS = 2
+MOST_ROUNDS = 20
 LIMIT_NAMES = ["kv_tokens", "max_num_seqs", "max_total_tokens", "max_input_tokens"]
 
 
@@ -126,9 +127,14 @@ def test_ranks_that_guess_ahead_answer_like_transformers(engine):
         pass
     params, prompts = SamplingParams(max_new_tokens=90), {"a": [9] * 4, "b": [5, 6, 7] * 6}
     fields = dict(epoch=1, output_ids=[], params=params, eos_token_ids=[])
-    got = tokens_of(engine, *(Submit(request_id=name, prompt_ids=ids, **fields) for name, ids in prompts.items()))
     model = tiny_models.build("qwen3").double()
-    assert got == {name: (greedy(model, ids, 90), "") for name, ids in prompts.items()}
+    expected = {name: (greedy(model, ids, 90), "") for name, ids in prompts.items()}
+    # how often guesses are tried depends on how long steps take
+    for _ in range(MOST_ROUNDS):
+        messages = [Submit(request_id=name, prompt_ids=ids, **fields) for name, ids in prompts.items()]
+        assert tokens_of(engine, *messages) == expected
+        if engine.stats["accepted_tokens"] >= 3:
+            break
     assert engine.stats["accepted_tokens"] >= 3
     engine.send(Stop())
     assert engine.process.wait(DEADLINE_S) == 0
