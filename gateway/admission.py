@@ -52,13 +52,15 @@ class Admission:
         finally:
             self.num_open -= 1
 
-    async def parse(self, parser: Parser[Draft], body: dict[str, Any], num_bytes: int, model: str | None) -> Draft:
+    async def parse(
+        self, parser: Parser[Draft], body: dict[str, Any], num_bytes: int, model: str | None, tenant: str
+    ) -> Draft:
         """Run a format's parser with the model and the adapter the client names.
 
         Raises:
             RequestError: unknown model, or whatever the parser refuses.
         """
-        served = await self._registry.find(model, adapter_id_of(body))
+        served = (await self._registry.find(model, adapter_id_of(body))).asked_by(tenant)
         if num_bytes < LONG_BODY:
             return parser(body, served, self.limits)
         return await asyncio.to_thread(parser, body, served, self.limits)

@@ -40,7 +40,8 @@ class CardStore(Protocol):
 class ServedModel:
     """A card with what text needs. `template` is None without a chat template, or when `template_error` says why.
 
-    `adapters` are those that are ready, by name; `adapter` is the one that a client meant when it named the model.
+    `adapters` are those that are ready, by name; `adapter` is the one that a client meant when it named the model, and
+    `tenant` is that client's.
     """
 
     card: ModelCard
@@ -49,6 +50,7 @@ class ServedModel:
     template_error: str = ""
     adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
     adapter: Adapter | None = None
+    tenant: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,6 +58,13 @@ class ServedModel:
 
     def with_adapter(self, name: str) -> ServedModel:
         return replace(self, adapter=self.adapters[name].adapter)
+
+    def asked_by(self, tenant: str) -> ServedModel:
+        return replace(self, tenant=tenant)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt; of long ones the tenant's own are remembered in parts."""
+        return self.tokenizer.encode(text, add_special_tokens, self.tenant)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from common.errors import ConfigurationError
+from common.text.segments import SegmentMemory, cuts_of
+
+SHORTEST_REMEMBERED = 1024
+"""Characters. A shorter text is tokenised in less time than it takes to think about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +35,38 @@ class TextTokenizer:
             raise ConfigurationError(f"not a tokenizer.json that `tokenizers` can read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        cuts = cuts_of(self._tokenizer)
+        self._memory = SegmentMemory(cuts, self._encode_plain)
+        self._added = self._around(cuts)
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens that are written out in it count as such, as in transformers."""
+    def encode(self, text: str, add_special_tokens: bool = True, owner: str | None = None) -> list[int]:
+        """Token ids of `text`; special tokens that are written out in it count as such, as in transformers.
+
+        With an `owner` parts of a long text are remembered, and those that he sent before are not tokenised again.
+        """
+        added = self._added if add_special_tokens else ([], [])
+        if owner is None or added is None or len(text) < SHORTEST_REMEMBERED:
+            return self._encode_plain(text, add_special_tokens)
+        before, behind = added
+        return before + self._memory.encode(text, owner) + behind
+
+    def _encode_plain(self, text: str, add_special_tokens: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def _around(self, cuts: Sequence[str]) -> tuple[list[int], list[int]] | None:
+        """The ids that are added before a text and behind it; None where no token tells which is which."""
+        for text in cuts:
+            (token_id,) = self._encode_plain(text)
+            ids = self._encode_plain(text, add_special_tokens=True)
+            if ids.count(token_id) == 1:
+                place = ids.index(token_id)
+                return ids[:place], ids[place + 1 :]
+        return None
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
         """Tokens of `text` with the bytes of it that each one stands for."""

@@ -170,7 +170,7 @@ def parse_chat(body: dict[str, Any], served: ServedModel, limits: Limits) -> Job
     text = _render(messages, fields, served)
     fields.table("metadata")
     refuse_unread(fields)
-    prompt_ids = served.tokenizer.encode(text, add_special_tokens=False)
+    prompt_ids = served.encode(text, add_special_tokens=False)
     params = for_tokens(sampling, fit_context(len(prompt_ids), max_tokens or older_name, served.card, param="messages"))
     view = {
         "door": "chat",

@@ -70,7 +70,7 @@ def _encode(prompt: Prompt, served: ServedModel) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
             raise ValidationError("`prompt` cannot be empty", param="prompt")
-        return served.tokenizer.encode(prompt, add_special_tokens=True)
+        return served.encode(prompt, add_special_tokens=True)
     if max(prompt) >= served.card.vocab_size:
         raise ValidationError(f"token ids must be < {served.card.vocab_size}", param="prompt")
     return prompt

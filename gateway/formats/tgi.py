@@ -224,7 +224,7 @@ def _encode(inputs: str, wish: _Wish, served: ServedModel) -> list[int]:
     if wish.truncate is not None and not 0 < wish.truncate <= most:
         message = f"`truncate` must be strictly positive and less than {most}. Given: {wish.truncate}"
         raise ValidationError(message, param="truncate")
-    ids = served.tokenizer.encode(inputs, add_special_tokens=True)
+    ids = served.encode(inputs, add_special_tokens=True)
     return ids if wish.truncate is None else ids[-wish.truncate :]
 
 

@@ -52,7 +52,7 @@ class Call:
         """Run a format's parser on the body, for the model that the body names."""
         model = self.body.get("model")
         name = model if isinstance(model, str) else None
-        draft = await self.services.admission.parse(parser, self.body, len(self.raw), name)
+        draft = await self.services.admission.parse(parser, self.body, len(self.raw), name, self.tenant)
         self.validation_s = time.monotonic() - self.started
         return draft
 

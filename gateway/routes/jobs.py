@@ -93,7 +93,7 @@ async def submit(request: Request, services: UsedServices, tenant: Tenant, body:
 
 async def _new_job(request: Request, services: Services, tenant: str, wish: JobRequest) -> Job:
     raw = await request.body()
-    draft = await services.admission.parse(parse_input, wish.input, len(raw), _model_name(wish))
+    draft = await services.admission.parse(parse_input, wish.input, len(raw), _model_name(wish), tenant)
     view = draft.view | {"metadata": wish.metadata}
     return services.admission.job_of(
         dataclasses.replace(draft, view=view),

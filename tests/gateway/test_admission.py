@@ -12,10 +12,12 @@ from common.errors import NotFound, Overloaded, StoreUnavailable, Unavailable
 from common.job import Adapter, Job, JobState, Priority
 from common.settings import GatewaySettings
 from common.store.replies import AdapterEntry, Submission
+from common.text.template import ChatTemplate
 from gateway.admission import LONG_BODY, Admission, hash_of
 from gateway.formats import parse_chat, parse_generate
-from gateway.models import ModelRegistry
-from tests.gateway.support import adapter, card
+from gateway.formats.base import Limits
+from gateway.models import ModelRegistry, ServedModel
+from tests.gateway.support import TOKENIZER, adapter, card
 from tests.support.tiny_model import byte_tokenizer_json
 
 
@@ -66,7 +68,7 @@ async def admission(**settings: Any) -> tuple[Admission, Jobs]:
 
 async def test_a_draft_becomes_a_job_of_its_tenant() -> None:
     gate, jobs = await admission(max_queued_tokens=77, max_jobs_per_tenant=5)
-    draft = await gate.parse(parse_generate, {"inputs": "hello", "parameters": {"max_new_tokens": 4}}, 10, None)
+    draft = await gate.parse(parse_generate, {"inputs": "hello", "parameters": {"max_new_tokens": 4}}, 10, None, "t")
     submission = await gate.admit(
         draft, gateway_id="g1", tenant="t1", idempotency_key="k", body_hash="h", request_id="r"
     )
@@ -82,16 +84,35 @@ async def test_a_draft_becomes_a_job_of_its_tenant() -> None:
 async def test_metadata_of_the_body_stays_in_the_view() -> None:
     gate, jobs = await admission()
     body = {"messages": [{"role": "user", "content": "x"}], "metadata": {"a": "b"}}
-    await gate.admit(await gate.parse(parse_chat, body, 10, None), tenant="t")
+    await gate.admit(await gate.parse(parse_chat, body, 10, None, "t"), tenant="t")
     assert jobs.submitted[0][0].view["metadata"] == {"a": "b"}
 
 
 @pytest.mark.parametrize(("ephemeral", "time_to_live"), [(False, 3600), (True, 60)])
 async def test_an_ephemeral_fleet_forgets_soon(ephemeral: bool, time_to_live: int) -> None:
     gate, jobs = await admission(ephemeral=ephemeral)
-    draft = await gate.parse(parse_generate, {"inputs": "x"}, 10, None)
+    draft = await gate.parse(parse_generate, {"inputs": "x"}, 10, None, "t")
     await gate.admit(draft, tenant="t", result_ttl_s=3600)
     assert jobs.submitted[0][0].result_ttl_s == time_to_live
+
+
+async def test_a_tenants_long_chat_has_the_tokens_of_the_whole_text_turn_after_turn() -> None:
+    model = card(max_input_tokens=9_000, max_total_tokens=10_000)
+    gate = Admission(GatewaySettings(), Jobs(), await registry(model))  # type: ignore[arg-type]
+    asked: list[str | None] = []
+
+    def parser(body: dict[str, Any], served: ServedModel, limits: Limits) -> list[int]:
+        asked.append(served.tenant)
+        return parse_chat(body, served, limits).prompt_ids
+
+    template = ChatTemplate(model.chat_template, model.bos_token, model.eos_token)
+    messages = [{"role": "user", "content": "once upon a time " * 100}]
+    for turn in range(3):
+        messages += [{"role": "assistant", "content": f"and {turn}<|end|>"}, {"role": "user", "content": f"{turn}é?"}]
+        expected = TOKENIZER.encode(template.render(messages), add_special_tokens=False)
+        for tenant in ("t1", "t2"):
+            assert await gate.parse(parser, {"messages": messages}, 10, None, tenant) == expected
+    assert asked == ["t1", "t2"] * 3
 
 
 @pytest.mark.parametrize(("num_bytes", "in_thread"), [(LONG_BODY - 1, False), (LONG_BODY, True)])
@@ -101,7 +122,7 @@ async def test_long_bodies_are_parsed_off_the_event_loop(num_bytes: int, in_thre
     def parser(body: Any, served: Any, limits: Any) -> int:
         return threading.get_ident()
 
-    assert (await gate.parse(parser, {}, num_bytes, None) != threading.get_ident()) is in_thread
+    assert (await gate.parse(parser, {}, num_bytes, None, "t") != threading.get_ident()) is in_thread
 
 
 async def test_open_requests_are_limited_and_their_places_come_back() -> None:
@@ -247,7 +268,7 @@ async def test_a_draft_with_an_adapter_becomes_a_job_that_brings_it() -> None:
     await found.refresh()
     gate = Admission(GatewaySettings(), jobs, found)  # type: ignore[arg-type]
     for body in ({"inputs": "x", "parameters": {"adapter_id": "fr"}}, {"inputs": "x", "model": "fr"}, {"inputs": "x"}):
-        await gate.admit(await gate.parse(parse_generate, body, 10, body.get("model")), tenant="t")
+        await gate.admit(await gate.parse(parse_generate, body, 10, body.get("model"), "t"), tenant="t")
     by_id, by_model, without = [job for job, _ in jobs.submitted]
     assert by_id.adapter == by_model.adapter == adapter("fr").adapter
     assert by_id.view["adapter"] == by_model.view["adapter"] == "fr"
