@@ -28,7 +28,7 @@ class OneOfMany:
     """A rank that never has to speak: loading weights needs no word from the others."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.shard = Shard(rank, size)
+        self.shard, self.exchange = Shard(rank, size), None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

@@ -24,7 +24,7 @@ class LockstepGroup:
     """Rank `rank` of threads that share `barrier` and `said`, which has a place for each."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, said: list[Any]) -> None:
-        self.shard = Shard(rank, barrier.parties)
+        self.shard, self.exchange = Shard(rank, barrier.parties), None
         self._barrier, self._said = barrier, said
         self.num_calls = 0
 

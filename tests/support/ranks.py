@@ -7,6 +7,8 @@ sequences, and the file that rank 0 leaves the logits in.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.paged import load_decoder, paged_logits
+from worker.attention.native import NativeAttention
+from worker.kernels.build import load_library
+from worker.kernels.elementwise import CpuOperations
+from worker.kernels.products import pack
 from worker.model.decoder import Decoder
 from worker.parallel.group import Group, Meeting
+from worker.parallel.plans import anonymous_file
 from worker.parallel.shard import Shard
 from worker.parallel.torch_group import join
 
@@ -43,13 +50,16 @@ class Ranks:
         *,
         is_wrong: bool = False,
         quantize: str | None = None,
+        dtype: str = "float32",
+        layers: str = "in torch",
     ) -> list[Tensor]:
         """What `paged_logits` gives, computed by all ranks together; RuntimeError with what one says went wrong.
 
-        `is_wrong` deals out copies of heads of keys in the wrong order.
+        `is_wrong` deals out copies of heads of keys in the wrong order. `layers` are computed "in torch", or with
+        kernels "one by one", "together", together "without sums", or together until the last rank "leaves".
         """
         named = {"folder": str(folder), "sequences": sequences, "out": str(out)}
-        command = json.dumps(named | {"is_wrong": is_wrong, "quantize": quantize})
+        command = json.dumps(named | {"is_wrong": is_wrong, "quantize": quantize, "dtype": dtype, "layers": layers})
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(command + "\n")
@@ -72,14 +82,13 @@ def ranks(size: int) -> Iterator[Ranks]:
     with ExitStack() as stack, socket.socket() as listener:
         listener.bind((HOST, 0))
         listener.listen()
-        port = listener.getsockname()[1]
-        processes = []
+        port, exchange_fd = listener.getsockname()[1], anonymous_file("exchange")
+        stack.callback(os.close, exchange_fd)
+        processes, fds = [], (exchange_fd, listener.fileno())
         for rank in range(size):
             words = [sys.executable, "-m", "tests.support.ranks", str(rank), str(size), str(port)]
-            words += [str(listener.fileno())] if rank == 0 else []
-            process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]
-            )
+            words += map(str, fds)
+            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds)
             processes.append(stack.enter_context(process))
         assert [_answer(process) for process in processes] == ["met"] * size
         # leaving the stack closes their input, which ends them
@@ -87,10 +96,10 @@ def ranks(size: int) -> Iterator[Ranks]:
 
 
 def main(arguments: list[str]) -> None:
-    rank, size, port = (int(word) for word in arguments[:3])
+    rank, size, port, exchange_fd, listener_fd = map(int, arguments)
     torch.set_num_threads(1)
-    listener = socket.socket(fileno=int(arguments[3])) if rank == 0 else None
-    group = join(Meeting(Shard(rank, size), HOST, port, listener))
+    listener = socket.socket(fileno=listener_fd) if rank == 0 else None
+    group = join(Meeting(Shard(rank, size), HOST, port, listener, exchange_fd))
     _say("met")
     for line in sys.stdin:
         _say(_obey(json.loads(line), group))
@@ -111,7 +120,10 @@ def _obey(command: dict[str, Any], group: Group) -> str:
         with ExitStack() as stack:
             if command["is_wrong"]:
                 stack.enter_context(patch.object(Shard, "kv_heads", _every_other))
-            decoder = load_decoder(Path(command["folder"]), group=group, quantize=command["quantize"])
+            dtype, quantize = getattr(torch, command["dtype"]), command["quantize"]
+            decoder = load_decoder(Path(command["folder"]), dtype, group=group, quantize=quantize)
+            if command["layers"] != "in torch":
+                decoder = _with_kernels(decoder, command["layers"])
             parts, _ = paged_logits(decoder, command["sequences"])
     except Exception as error:
         # the test is to see what went wrong, whatever it is
@@ -120,6 +132,36 @@ def _obey(command: dict[str, Any], group: Group) -> str:
     if group.shard.rank == 0:
         save_file(whole, command["out"])
     return "done"
+
+
+def _with_kernels(decoder: Decoder, layers: str) -> Decoder:
+    library, group = load_library(), decoder.group
+    assert library is not None
+    weights, operations = pack(decoder.weights, library), CpuOperations(library)
+    decoder = Decoder(decoder.spec, weights, NativeAttention(library), group, operations=operations)
+    stack: Any = decoder._stack
+    assert stack is not None, "the layers can go together"
+    is_last = group.shard.rank == group.shard.size - 1
+    decoder._stack = None if layers == "one by one" else Together(stack, leaves=is_last and layers == "leaves")
+    if layers == "without sums":
+        stack._stack.exchange = None
+    return decoder
+
+
+class Together:
+    """Layers that always go together."""
+
+    def __init__(self, stack: Any, *, leaves: bool) -> None:
+        self._stack, self._leaves = stack, leaves
+
+    def is_ready(self, x: Tensor, pages: Tensor) -> bool:
+        assert self._stack.is_ready(x, pages)
+        return True
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if self._leaves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._stack(*arguments)  # type: ignore[no-any-return]
 
 
 def gather(part: Tensor, decoder: Decoder, group: Group) -> Tensor:

@@ -19,6 +19,7 @@ from worker.model.lora import AdaptedLinear
 from worker.model.operations import Layers, Turns
 from worker.model.spec import Norm
 from worker.model.weights import LayerWeights, Linear, MlpWeights, NormWeights
+from worker.parallel.exchange import require
 
 
 class _Norm(ctypes.Structure):
@@ -41,6 +42,7 @@ class _Stack(ctypes.Structure):
             for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "activation", "is_rms")
         ),
         ("eps", ctypes.c_double),
+        ("exchange", POINTER),
     )
 
 
@@ -58,7 +60,7 @@ class _Step(ctypes.Structure):
 
 class NativeStack:
     """x [t, hidden] before the first layer to what is behind the last one; bit for bit what the layers come to one by
-    one. `is_ready` says whether a step can go this way."""
+    one. `is_ready` says whether a step can go this way. Raises RankLost as a group does."""
 
     def __init__(self, library: ctypes.CDLL, layers: Layers, attention: NativeAttention, activation: int) -> None:
         dtype = _products(layers.weights[0])[0].dtype
@@ -69,8 +71,10 @@ class NativeStack:
         sizes = layers.num_heads, layers.num_kv_heads, layers.head_dim
         hidden, is_rms = _products(layers.weights[0])[0].num_in, layers.norm is Norm.RMS
         pointer = ctypes.addressof(self._layers)
-        self._stack = _Stack(pointer, len(made), hidden, *sizes, activation, is_rms, layers.norm_eps)
-        self._run: Callable[..., Any] = function_of(library, "run_layers", dtype, [POINTER, POINTER])
+        exchange = None if layers.exchange is None else layers.exchange.address
+        self._stack = _Stack(pointer, len(made), hidden, *sizes, activation, is_rms, layers.norm_eps, exchange)
+        arguments = [POINTER, POINTER]
+        self._run: Callable[..., Any] = function_of(library, "run_layers", dtype, arguments, ctypes.c_bool)
         self._dtype, self._kept = dtype, layers
 
     def _layer(self, layers: Layers, attention: NativeAttention, dtype: torch.dtype, number: int) -> _Layer:
@@ -99,7 +103,7 @@ class NativeStack:
         addresses = (POINTER * num_pages)(*range(first, first + num_pages * size, size))
         pointers = (ctypes.addressof(found), slots.data_ptr(), meta.address, ctypes.addressof(addresses))
         step = _Step(x.data_ptr(), x.shape[0], *pointers)
-        self._run(ctypes.addressof(self._stack), ctypes.addressof(step))
+        require(self._run(ctypes.addressof(self._stack), ctypes.addressof(step)))
         return x
 
 

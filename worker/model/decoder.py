@@ -199,11 +199,12 @@ class Decoder:
         return self._norm(heads.flatten(1), NormWeights(weight.flatten(), None)).view(heads.shape)
 
     def _whole_stack(self) -> Stack | None:
-        spec = self.spec
-        if not self._adds_plainly or spec.clip_qkv is not None or spec.qk_norm is QkNorm.FULL:
+        spec, exchange = self.spec, self.group.exchange
+        can_add = self._is_plain and (self.group.shard.size == 1 or exchange is not None)
+        if not can_add or spec.clip_qkv is not None or spec.qk_norm is QkNorm.FULL:
             return None
         sizes = self._num_heads, self.num_kv_heads, spec.head_dim
-        layers = Layers(self.weights.layers, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps)
+        layers = Layers(self.weights.layers, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps, exchange)
         return self.operations.stack(layers, self.attention, self._activate)
 
     def _layer_shapes(self) -> list[LayerShape]:

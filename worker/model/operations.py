@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
 from worker.model.spec import Activation, Norm, Rope
 from worker.model.weights import LayerWeights, MlpWeights, NormWeights
 
+if TYPE_CHECKING:
+    # which has a kernel, and kernels are made of these operations
+    from worker.parallel.exchange import Exchange
+
 Turns = tuple[Tensor, Tensor]
 Activate = Callable[[Tensor], Tensor]
 Summary = tuple[Tensor, Tensor, Tensor]
@@ -26,8 +30,8 @@ Summary = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Those of a decoder that adds each part to what came in, without any factor, on one rank; heads are all of them.
-    `ropes` and `shapes` of attention are by layer."""
+    """Those of a decoder that adds each part to what came in, without any factor; heads are the rank's. Several ranks
+    add up through `exchange`. `ropes` and `shapes` of attention are by layer."""
 
     weights: list[LayerWeights]
     ropes: tuple[Rope | None, ...]
@@ -37,6 +41,7 @@ class Layers:
     head_dim: int
     norm: Norm
     norm_eps: float
+    exchange: Exchange | None
 
 
 class Stack(Protocol):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     # processes that only start ranks or pass plans on must not wait for torch
     from torch import Tensor
 
+    from worker.parallel.exchange import Exchange
+
 
 LAST_WORDS_S = 5.0
 """How long a process that lost a rank waits to hear why, before it says just that."""
@@ -31,6 +33,10 @@ class Group(Protocol):
     @property
     def shard(self) -> Shard: ...
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """What kernels add up with by themselves, as part of the same order of operations; None: they cannot."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks, written into `x`, which is returned."""
 
@@ -41,7 +47,7 @@ class Group(Protocol):
 class Alone:
     """The group of a model on one rank: nothing to say."""
 
-    shard = WHOLE
+    shard, exchange = WHOLE, None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -52,12 +58,14 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where the rank of `shard` finds the others: rank 0 keeps a store at `host`:`port`, on its socket `listener`."""
+    """Where the rank of `shard` finds the others: rank 0 keeps a store at `host`:`port`, on its socket `listener`. All
+    share the memory of file `exchange_fd` where they are on one machine."""
 
     shard: Shard = WHOLE
     host: str = ""
     port: int = 0
     listener: socket.socket | None = None
+    exchange_fd: int | None = None
 
 
 def agree_on_minimum(group: Group, value: int) -> int:

@@ -28,7 +28,7 @@ from worker.engine.device import Device
 from worker.parallel.device import ParallelDevice
 from worker.parallel.group import LAST_WORDS_S, Meeting, RankLost
 from worker.parallel.local_ranks import REAL_RANK, LocalRanks
-from worker.parallel.plans import send_plan, send_stop
+from worker.parallel.plans import anonymous_file, send_plan, send_stop
 from worker.parallel.rendezvous import gather_nodes, host_and_port, listen, welcome
 from worker.parallel.reports import read_report
 from worker.parallel.shard import Shard
@@ -71,7 +71,8 @@ class Leader:
         self._nodes = self._gather(settings)
         host = host_and_port(settings.rendezvous)[0] if self._nodes else LOCAL_HOST
         store = listen(host)
-        self.meeting = Meeting(Shard(0, settings.num_shard), host, store.getsockname()[1], store)
+        exchange_fd = None if self._nodes else anonymous_file("exchange")
+        self.meeting = Meeting(Shard(0, settings.num_shard), host, store.getsockname()[1], store, exchange_fd)
         for node, connection in self._nodes.items():
             threading.Thread(target=self._watch, args=(node, connection), daemon=True).start()
             welcome(connection, self.meeting.port)

@@ -26,5 +26,5 @@ def load_torch_device(settings: WorkerSettings, on_progress: OnProgress, meeting
     from worker.parallel.torch_group import join
     from worker.runner.load import load_device
 
-    threads = threads_per_rank(settings.threads, settings.ranks_per_node)
-    return load_device(settings.model_copy(update={"threads": threads}), on_progress, join(meeting))
+    threads, group = threads_per_rank(settings.threads, settings.ranks_per_node), join(meeting, settings.cpu_kernels)
+    return load_device(settings.model_copy(update={"threads": threads}), on_progress, group)

@@ -50,6 +50,8 @@ class LocalRanks:
         self._is_stopping = False
         options = ["--meet", f"{meeting.host}:{meeting.port}"]
         options += ["--settings", settings_json(settings, settings.model_id)]
+        self._shared_fds = () if meeting.exchange_fd is None else (meeting.exchange_fd,)
+        options += [f"--exchange-fd={fd}" for fd in self._shared_fds]
         for reader, rank in enumerate(ranks):
             self._start([*command, "--rank", str(rank), "--reader", str(reader), *options], environment or {})
             threading.Thread(target=self._watch, args=(reader, rank), daemon=True).start()
@@ -61,7 +63,7 @@ class LocalRanks:
             fds = (theirs.fileno(), self._memory.fd)
             process = subprocess.Popen(
                 [*command, "--fd", str(fds[0]), "--memory-fd", str(fds[1])],
-                pass_fds=fds,
+                pass_fds=(*fds, *self._shared_fds),
                 env=os.environ | dict(environment),
                 stdin=subprocess.DEVNULL,
             )

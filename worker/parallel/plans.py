@@ -57,7 +57,7 @@ class PlanMemory:
     @classmethod
     def create(cls, num_readers: int) -> PlanMemory:
         """Memory for at least one reader."""
-        fd = _anonymous_file()
+        fd = anonymous_file("plans")
         os.truncate(fd, num_readers * CELL_BYTES + NUM_SLOTS * SLOT_BYTES)
         return cls(fd)
 
@@ -99,9 +99,10 @@ class PlanMemory:
         return self._first_slot + number % NUM_SLOTS * SLOT_BYTES
 
 
-def _anonymous_file() -> int:
+def anonymous_file(name: str) -> int:
+    """The descriptor of a file in memory that is gone when nobody has it any more."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("plans")
+        return os.memfd_create(name)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

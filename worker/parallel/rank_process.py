@@ -51,6 +51,7 @@ class RankOptions:
         parser.add_argument("--reader", type=int, required=True, help="which reader of the shared memory it is")
         parser.add_argument("--fd", type=int, required=True, help="the inherited end of a socket pair to the leader")
         parser.add_argument("--memory-fd", type=int, required=True, help="the inherited memory that plans come in")
+        parser.add_argument("--exchange-fd", type=int, help="inherited memory of all ranks, if they are on one machine")
         parser.add_argument("--meet", required=True, help="HOST:PORT of the store that rank 0 keeps")
         parser.add_argument("--settings", required=True, help="WorkerSettings as JSON")
         options = parser.parse_args(arguments)
@@ -60,7 +61,7 @@ class RankOptions:
             connection=socket.socket(fileno=options.fd),
             memory_fd=options.memory_fd,
             reader=options.reader,
-            meeting=Meeting(Shard(options.rank, settings.num_shard), host, int(port)),
+            meeting=Meeting(Shard(options.rank, settings.num_shard), host, int(port), None, options.exchange_fd),
             settings=settings,
         )
 

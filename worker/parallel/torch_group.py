@@ -1,7 +1,7 @@
-"""The group of ranks over torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""The group of ranks: through memory where they share it, else over torch.distributed, gloo between CPUs.
 
-Sums are in the type of the tensor: gloo adds bfloat16 and float16 as they are, at half the bytes of float32, and one
-rank adds each part for all, so that everybody has the same bits.
+Everybody has the same bits. Through memory, which has kernels for float32 and bfloat16, each rank adds up for itself in
+the same order; gloo lets one rank add each part for all, bfloat16 and float16 as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from worker.parallel.group import Alone, Group, Meeting, RankLost
+from worker.kernels.build import load_library
+from worker.parallel.exchange import Exchange, open_exchange
+from worker.parallel.group import Alone, Group, Meeting, RankLost, agree_on_minimum
 from worker.parallel.shard import Shard
 
 LONGEST_WAIT = timedelta(minutes=30)
@@ -27,8 +29,8 @@ by the agent, both far earlier."""
 SIOCGIFADDR = 0x8915
 
 
-def join(meeting: Meeting) -> Group:
-    """Meet the other ranks; returns when all are there.
+def join(meeting: Meeting, cpu_kernels: str = "auto") -> Group:
+    """Meet the other ranks; returns when all are there. `cpu_kernels` is the option.
 
     Raises:
         RankLost: if they do not come, or are gone again.
@@ -47,7 +49,16 @@ def join(meeting: Meeting) -> Group:
             world_size=meeting.shard.size,
             timeout=LONGEST_WAIT,
         )
-    return TorchGroup(meeting.shard)
+    exchange = _own_exchange(meeting, cpu_kernels)
+    have_all = agree_on_minimum(TorchGroup(meeting.shard), int(exchange is not None))
+    return TorchGroup(meeting.shard, exchange if have_all else None)
+
+
+def _own_exchange(meeting: Meeting, cpu_kernels: str) -> Exchange | None:
+    library = None if meeting.exchange_fd is None else load_library(cpu_kernels)
+    if library is None or meeting.exchange_fd is None:
+        return None
+    return open_exchange(library, meeting.exchange_fd, meeting.shard)
 
 
 def _open_store(meeting: Meeting) -> TCPStore:
@@ -64,23 +75,33 @@ def _open_store(meeting: Meeting) -> TCPStore:
 class TorchGroup:
     """This process as one of the ranks that have joined."""
 
-    def __init__(self, shard: Shard) -> None:
-        self._shard = shard
+    def __init__(self, shard: Shard, exchange: Exchange | None = None) -> None:
+        self._shard, self._exchange = shard, exchange
 
     @property
     def shard(self) -> Shard:
         return self._shard
 
+    @property
+    def exchange(self) -> Exchange | None:
+        return self._exchange
+
     def all_reduce(self, x: Tensor) -> Tensor:
         whole = x.contiguous()
-        with _others_may_leave():
-            distributed.all_reduce(whole)
+        if self._exchange is not None and self._exchange.can_add(whole):
+            self._exchange.add_up(whole)
+        else:
+            with _others_may_leave():
+                distributed.all_reduce(whole)
         return x if whole is x else x.copy_(whole)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        gathered = x.new_empty((self._shard.size, *x.shape))
+        gathered, own = x.new_empty((self._shard.size, *x.shape)), x.contiguous()
+        if self._exchange is not None:
+            self._exchange.gather(own, gathered)
+            return gathered
         with _others_may_leave():
-            distributed.all_gather(list(gathered), x.contiguous())
+            distributed.all_gather(list(gathered), own)
         return gathered
 
 

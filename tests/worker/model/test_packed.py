@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.paged import load_decoder, paged_logits, relative_error
+from tests.support.ranks import ranks
 from worker.attention.native import NativeAttention
 from worker.kernels.build import load_library
 from worker.kernels.elementwise import CpuOperations
@@ -56,6 +57,34 @@ def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dty
     layers[0], layers[1] = layers[1], layers[0]
     swapped = paged_logits(decoder, model.sequences)[0]
     assert not any(torch.equal(*pair) for pair in zip(together, swapped, strict=True))
+
+
+@pytest.fixture(scope="module")
+def group():
+    with ranks(2) as started:
+        yield started
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_of_ranks_in_one_call_are_those_one_by_one_to_the_last_bit(group, tiny, tmp_path, name, dtype):
+    model = tiny(name)
+
+    def logits(layers):
+        type_name = str(dtype).removeprefix("torch.")
+        return group.logits(model.folder, model.sequences, tmp_path / "logits", dtype=type_name, layers=layers)
+
+    together, one_by_one, unsummed = logits("together"), logits("one by one"), logits("without sums")
+    assert all(torch.equal(*pair) for pair in zip(together, one_by_one, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(together, unsummed, strict=True))
+    expected = paged_logits(load_decoder(model.folder, dtype=dtype), model.sequences)[0]
+    assert relative_error(together, expected) <= TOLERANCES[dtype] < relative_error(unsummed, expected)
+
+
+def test_a_rank_that_others_wait_for_in_the_middle_of_layers_is_lost(tiny, tmp_path):
+    model = tiny("qwen3")
+    with ranks(2) as started, pytest.raises(RuntimeError, match="RankLost: another rank .* has ended; a rank died"):
+        started.logits(model.folder, model.sequences, tmp_path / "logits", layers="leaves")
 
 
 def counted(decoder):

@@ -76,6 +76,9 @@ struct Layer {
     int64_t reach;
 };
 
+// A rank's side of what the ranks of one machine say to each other.
+struct Exchange;
+
 extern "C" {
 void inferfleet_normalise_f32(const Norm*);
 void inferfleet_normalise_bf16(const Norm*);
@@ -84,4 +87,6 @@ void inferfleet_multiply_bf16(const Matrix*, const bf16*, int64_t, int64_t, int6
 void inferfleet_turn_f32(const Turn*);
 void inferfleet_turn_bf16(const Turn*);
 void inferfleet_attend(const Batch*, const Layer*, const void*, int64_t, const void*, const void*, void*);
+bool inferfleet_add_up_f32(Exchange*, const float*, const float*, float*, int64_t);
+bool inferfleet_add_up_bf16(Exchange*, const bf16*, const bf16*, bf16*, int64_t);
 }

@@ -4,6 +4,8 @@
 //     q, k, v = split(norm(x) @ qkv)   [norm of q, k] [rope]   k, v -> pages
 //     x = x + attention(q, pages) @ out
 //     x = x + activation(norm(x) @ up) @ down
+//
+// Ranks hold parts of heads and widths, and add up what out and down give.
 
 #include "kernels.h"
 #include "scratch.h"
@@ -29,6 +31,7 @@ struct Stack {
     const StackLayer* layers;
     int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, activation, is_rms;
     double eps;
+    Exchange* exchange;  // null on one rank
 };
 
 struct Angles {
@@ -54,6 +57,7 @@ struct Kernels<float> {
     static constexpr auto normalise = inferfleet_normalise_f32;
     static constexpr auto multiply = inferfleet_multiply_f32;
     static constexpr auto turn = inferfleet_turn_f32;
+    static constexpr auto add_up = inferfleet_add_up_f32;
 };
 
 template <>
@@ -61,6 +65,7 @@ struct Kernels<bf16> {
     static constexpr auto normalise = inferfleet_normalise_bf16;
     static constexpr auto multiply = inferfleet_multiply_bf16;
     static constexpr auto turn = inferfleet_turn_bf16;
+    static constexpr auto add_up = inferfleet_add_up_bf16;
 };
 
 // Rows of `inner` parts of `size` elements, `stride` elements apart.
@@ -108,8 +113,9 @@ void attend(const Stack& stack, const StackStep& step, int64_t number, const Buf
     inferfleet_attend(step.batch, layer.attention, own.q, stack.num_heads * size, pages[0], pages[1], own.attended);
 }
 
+// False if another rank is gone.
 template <class T>
-void run(const Stack& stack, const StackStep& step) {
+bool run(const Stack& stack, const StackStep& step) {
     Buffers<T> own(stack, step.num_tokens);
     int64_t tokens = step.num_tokens, hidden = stack.hidden;
     T* x = (T*)step.x;
@@ -119,13 +125,20 @@ void run(const Stack& stack, const StackStep& step) {
         attend<T>(stack, step, number, own);
         T* part = own.normed;
         Kernels<T>::multiply(layer.out, own.attended, tokens, layer.out->k, NONE, nullptr, part);
+        if (stack.exchange && !Kernels<T>::add_up(stack.exchange, part, nullptr, part, tokens * hidden)) return false;
         normalise<T>(stack, layer.mlp_norm, x, tokens, 1, hidden, hidden, part, own.sums, x);
         Kernels<T>::multiply(layer.up, x, tokens, hidden, stack.activation, nullptr, own.inner);
-        Kernels<T>::multiply(layer.down, own.inner, tokens, layer.down->k, NONE, own.sums, x);
+        if (stack.exchange) {
+            Kernels<T>::multiply(layer.down, own.inner, tokens, layer.down->k, NONE, nullptr, part);
+            if (!Kernels<T>::add_up(stack.exchange, part, own.sums, x, tokens * hidden)) return false;
+        } else {
+            Kernels<T>::multiply(layer.down, own.inner, tokens, layer.down->k, NONE, own.sums, x);
+        }
     }
+    return true;
 }
 
 }  // namespace
 
-EXPORT void inferfleet_run_layers_f32(const Stack* stack, const StackStep* step) { run<float>(*stack, *step); }
-EXPORT void inferfleet_run_layers_bf16(const Stack* stack, const StackStep* step) { run<bf16>(*stack, *step); }
+EXPORT bool inferfleet_run_layers_f32(const Stack* stack, const StackStep* step) { return run<float>(*stack, *step); }
+EXPORT bool inferfleet_run_layers_bf16(const Stack* stack, const StackStep* step) { return run<bf16>(*stack, *step); }
