@@ -23,6 +23,7 @@ from worker.parallel.group import Group, Meeting, RankLost, agree_on_minimum
 from worker.parallel.plans import anonymous_file
 from worker.parallel.shard import Shard
 from worker.parallel.torch_group import join
+from worker.process import die_with_parent
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 SHAPES = ((1,), (3, 5), (0, 7), (257, 129))
@@ -109,6 +110,7 @@ def start(rank: int, size: int, listener: socket.socket, exchange_fd: int | None
     """Process id of that rank."""
     if pid := os.fork():
         return pid
+    die_with_parent()
     try:
         at = ("127.0.0.1", listener.getsockname()[1], listener if rank == 0 else None)
         torch.save(WORKS[work](join(Meeting(Shard(rank, size), *at, exchange_fd))), file)
