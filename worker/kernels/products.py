@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from worker.kernels.room import Room
 from worker.model.lora import AdaptedLinear
 from worker.model.weights import DenseEmbedding, DenseLinear, Linear, MlpWeights, num_bytes_of
 
@@ -41,13 +42,15 @@ class PackedLinear:
     Where a matrix `is_gated`, the upper half of its rows is the gate of the lower one.
     """
 
-    def __init__(self, library: ctypes.CDLL, dense: DenseLinear, *, is_gated: bool = False) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, dense: DenseLinear, *, is_gated: bool = False, room: Room | None = None
+    ) -> None:
         weight = dense.weight if dense.weight.stride(1) == 1 else dense.weight.contiguous()
         self.dtype, (self.num_out, self.num_in), self.is_gated = weight.dtype, weight.shape, is_gated
         self._bias = dense.bias
         bias = None if dense.bias is None else dense.bias.data_ptr()
         self._matrix = _Matrix(None, bias, self.num_out, self.num_in, is_gated)
-        self._packed = _pack(library, weight, self._matrix)
+        self._packed = _pack(library, weight, self._matrix, room or Room())
         self._matrix.packed = self._packed.data_ptr()
         self._address = ctypes.addressof(self._matrix)
         arguments = [POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, POINTER]
@@ -113,36 +116,37 @@ class PackedEmbedding:
         return self._head.rows(tokens)
 
 
-def pack(weights: WeightsType, library: ctypes.CDLL | None) -> WeightsType:
-    """A tree of dataclasses and lists with dense products in panels, where `library` has them for their type. Lists are
-    changed in place, so that only one layer is there twice at a time."""
+def pack(weights: WeightsType, library: ctypes.CDLL | None, room: Room | None = None) -> WeightsType:
+    """A tree of dataclasses and lists with dense products in panels, where `library` has them for their type. The
+    panels are in `room`, else in one of their own."""
     if library is None:
         return weights
-    packed: WeightsType = _packed(weights, library)
+    packed: WeightsType = _packed(weights, library, room or Room())
     return packed
 
 
-def _packed(node: Any, library: ctypes.CDLL, *, is_gated: bool = False) -> Any:
+def _packed(node: Any, library: ctypes.CDLL, room: Room, *, is_gated: bool = False) -> Any:
     if isinstance(node, DenseLinear):
         can_pack = node.weight.dtype in SUFFIXES and node.weight.numel()
-        return PackedLinear(library, node, is_gated=is_gated) if can_pack else node
+        return PackedLinear(library, node, is_gated=is_gated, room=room) if can_pack else node
     if isinstance(node, AdaptedLinear):
-        node.base = _packed(node.base, library, is_gated=is_gated)
+        node.base = _packed(node.base, library, room, is_gated=is_gated)
         return node
     if isinstance(node, MlpWeights):
-        return replace(node, up=_packed(node.up, library, is_gated=_is_gated(node)), down=_packed(node.down, library))
+        up = _packed(node.up, library, room, is_gated=_is_gated(node))
+        return replace(node, up=up, down=_packed(node.down, library, room))
     if isinstance(node, list):
         for index, part in enumerate(node):
-            node[index] = _packed(part, library)
+            node[index] = _packed(part, library, room)
         return node
     if isinstance(node, tuple):
-        return tuple(_packed(part, library) for part in node)
-    return _packed_dataclass(node, library) if is_dataclass(node) and not isinstance(node, type) else node
+        return tuple(_packed(part, library, room) for part in node)
+    return _packed_dataclass(node, library, room) if is_dataclass(node) and not isinstance(node, type) else node
 
 
-def _packed_dataclass(node: Any, library: ctypes.CDLL) -> Any:
+def _packed_dataclass(node: Any, library: ctypes.CDLL, room: Room) -> Any:
     before = {part.name: getattr(node, part.name) for part in fields(node)}
-    after = {name: _packed(part, library) for name, part in before.items()}
+    after = {name: _packed(part, library, room) for name, part in before.items()}
     if _is_tied(before.get("embed"), before.get("head")) and isinstance(after["head"], PackedLinear):
         after["embed"] = PackedEmbedding(after["head"])
     changed = {name: part for name, part in after.items() if part is not before[name]}
@@ -172,11 +176,10 @@ def _is_tied(embed: object, head: object) -> bool:
     return embed.weight.data_ptr() == head.weight.data_ptr()
 
 
-def _pack(library: ctypes.CDLL, weight: Tensor, matrix: _Matrix) -> Tensor:
+def _pack(library: ctypes.CDLL, weight: Tensor, matrix: _Matrix, room: Room) -> Tensor:
     address = ctypes.addressof(matrix)
     num_elements = function_of(library, "packed_elements", weight.dtype, [POINTER], INTEGER)(address)
-    packed = torch.empty(num_elements, dtype=weight.dtype)
-    library.inferfleet_prefer_large_pages(POINTER(packed.data_ptr()), INTEGER(num_bytes_of(packed)))
+    packed = room.take(num_elements, weight.dtype)
     fill = function_of(library, "pack", weight.dtype, [POINTER, POINTER, INTEGER, POINTER])
     fill(address, weight.data_ptr(), weight.stride(0), packed.data_ptr())
     return packed

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from worker.model.quant.matrix import QuantisedMatrix, filled, stacked
 from worker.model.quant.rounding import int8_by_row
 from worker.model.quant.scheme import NOT_QUANTISED, MakeQuantised, Quantisation
 from worker.model.spec import Moe, QkNorm, Residual, Rope, Spec
+from worker.model.untouched import untouched_zeros
 from worker.model.weights import (
     DecoderWeights,
     DenseEmbedding,
@@ -41,9 +43,22 @@ ProgressFunction = Callable[[int, int], None]
 
 WeightsType = TypeVar("WeightsType")
 
+
+class Finish(Protocol):
+    """What becomes of a layer when it has been read, and before the next one is."""
+
+    def __call__(self, layer: WeightsType, /) -> WeightsType: ...
+
+
+def as_read(layer: WeightsType, /) -> WeightsType:
+    return layer
+
+
 SAMPLE_ROWS = 16
 MADE_ELEMENTS = 1 << 22
 """Of a matrix that are quantised at a time; a few copies of them in float32 are made on the way."""
+LARGE_BYTES = 1 << 20
+"""Of a tensor that gets pages of its own, since it may be let go as soon as another layout has been made of it."""
 INT8_BY_ROW = Quantisation(make=int8_by_row)
 
 
@@ -105,6 +120,7 @@ class Builder:
     quantisation: Quantisation = NOT_QUANTISED
     on_progress: Callable[[int], None] = field(default=lambda num_bytes: None)
     adapters: LoraSlots | None = None
+    finish: Finish = as_read
 
     def has(self, key: str) -> bool:
         return self._is_there(self.name(key))
@@ -133,7 +149,7 @@ class Builder:
         columns = pieces[0].part.columns
         num_rows = sum(piece.part.num_rows for piece in pieces)
         shape = (num_rows,) if columns is None else (num_rows, len(columns))
-        target, start = torch.empty(shape, dtype=dtype, device=self.source.device), 0
+        target, start = self._empty(shape, dtype), 0
         for piece in pieces:
             rows = target[start : start + piece.part.num_rows]
             self.source.copy_into(f"{self._name_of(piece)}.{kind}", rows, piece.part)
@@ -141,6 +157,12 @@ class Builder:
                 rows.copy_(rows[piece.order])
             start += len(rows)
         return target
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        is_large = math.prod(shape) * dtype.itemsize >= LARGE_BYTES
+        if is_large and not self._only_counts:
+            return untouched_zeros(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.source.device)
 
     def _name_of(self, piece: Piece) -> str:
         return self.name(piece.key, piece.layer, piece.expert)
@@ -361,13 +383,15 @@ def load_weights(
     on_progress: ProgressFunction | None = None,
     quantisation: Quantisation = NOT_QUANTISED,
     adapters: LoraSlots | None = None,
+    finish: Finish = as_read,
 ) -> DecoderWeights:
     """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer.
+    `finish` gets each layer, so that only one at a time is there as it is read.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.
     """
-    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters)
+    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters, finish=finish)
     return load_with(partial(_load, spec), builder, on_progress)
 
 
@@ -400,7 +424,7 @@ def bytes_of(load: Callable[[Builder], object], builder: Builder) -> int:
         nonlocal total
         total += num_bytes
 
-    load(replace(builder, source=_SizesOnly(builder.source), on_progress=add, adapters=None))
+    load(replace(builder, source=_SizesOnly(builder.source), on_progress=add, adapters=None, finish=as_read))
     return total
 
 
@@ -416,7 +440,8 @@ def _running_total(total: int, on_progress: ProgressFunction) -> Callable[[int],
 
 
 def _load(spec: Spec, builder: Builder) -> DecoderWeights:
-    weights = load_around(spec, builder, (load_layer(spec, builder, layer) for layer in range(spec.num_layers)))
+    layers = (builder.finish(load_layer(spec, builder, layer)) for layer in range(spec.num_layers))
+    weights = load_around(spec, builder, layers)
     builder.source.finish(builder.family.ignored, builder.family.foreign)
     return weights
 

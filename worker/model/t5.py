@@ -28,7 +28,7 @@ from worker.attention import Attention, Batch, LayerShape
 from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
-from worker.model.loading import Builder, Piece, ProgressFunction, bytes_of, load_with
+from worker.model.loading import Builder, Finish, Piece, ProgressFunction, as_read, bytes_of, load_with
 from worker.model.lora import LoraSlots
 from worker.model.operations import Operations
 from worker.model.quant.scheme import NOT_QUANTISED, Quantisation
@@ -192,8 +192,10 @@ def load_t5_weights(
     on_progress: ProgressFunction | None = None,
     quantisation: Quantisation = NOT_QUANTISED,
     adapters: LoraSlots | None = None,
+    finish: Finish = as_read,
 ) -> T5Weights:
-    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer, and
+    `finish` gets each.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous, which the message names; or for float16.
@@ -203,7 +205,7 @@ def load_t5_weights(
             f"--dtype float16 is too narrow for {spec.model_type}, whose activations overflow it; "
             "choose bfloat16 or float32"
         )
-    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters)
+    builder = Builder(family, source, dtype, shard, quantisation, adapters=adapters, finish=finish)
     return load_with(partial(load_t5, spec), builder, on_progress)
 
 
@@ -226,7 +228,7 @@ def load_t5(spec: T5Spec, builder: Builder) -> T5Weights:
         embed=embed,
         encoder=_load_stack(spec, builder, "encoder", spec.num_encoder_layers, is_causal=False),
         decoder=_load_stack(spec, builder, "decoder", spec.num_layers, is_causal=True),
-        crosses=[_load_cross(spec, builder, layer) for layer in range(spec.num_layers)],
+        crosses=[builder.finish(_load_cross(spec, builder, layer)) for layer in range(spec.num_layers)],
         head=builder.head(spec.vocab_size, spec.hidden_size, embed),
     )
     builder.source.finish(builder.family.ignored)
@@ -239,7 +241,7 @@ def _load_stack(spec: T5Spec, builder: Builder, stack: str, num_layers: int, *, 
     by_bucket = builder.fill([Piece(f"{stack}_bias", part)], dtype=torch.float32)
     return Stack(
         bias=bias_by_distance(by_bucket, spec.max_distance, is_causal=is_causal),
-        layers=[_load_layer(spec, builder, stack, layer) for layer in range(num_layers)],
+        layers=[builder.finish(_load_layer(spec, builder, stack, layer)) for layer in range(num_layers)],
         final_norm=_load_norm(spec, builder, f"{stack}_final_norm", 0),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worker.attention.reference import ReferenceAttention
 from worker.kernels.build import load_library
 from worker.kernels.elementwise import CpuOperations
 from worker.kernels.products import pack
+from worker.kernels.room import Room
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
 from worker.model.decoder import Decoder
@@ -189,10 +191,11 @@ def _load(
         kernels.inferfleet_set_threads(torch.get_num_threads())
     operations = Operations() if kernels is None else CpuOperations(kernels)
     attention = _attention(settings.attention, kernels, dtype)
+    finish = partial(pack, library=kernels, room=Room())
+    options = (family, source, dtype, group.shard, report, quantisation, adapters, finish)
     if isinstance(spec, T5Spec):
-        t5_weights = load_t5_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters)
-        return T5(spec, pack(t5_weights, kernels), attention, group, operations)
-    weights = pack(load_weights(spec, family, source, dtype, group.shard, report, quantisation, adapters), kernels)
+        return T5(spec, finish(load_t5_weights(spec, *options)), attention, group, operations)
+    weights = finish(load_weights(spec, *options))
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
     return Decoder(spec, weights, attention, group, longest, operations)
 

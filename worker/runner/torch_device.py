@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
 from worker.model.lora import LoraSlots
 from worker.model.t5 import T5
+from worker.model.untouched import untouched_zeros
 from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
 from worker.runner.places import Places, ascending
@@ -181,13 +181,3 @@ class TorchDevice:
 
     def _tables(self, tables: Ints, rows: Ints, lengths: Ints) -> Ints:
         return tables[rows, : -(-int(lengths.max()) // self._block_size)]
-
-
-def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the system provides when it is first written: a pool of gigabytes costs neither seconds at
-    start nor memory before it is used.
-
-    Raises:
-        MemoryError: if the system does not even promise it.
-    """
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import shutil
 from pathlib import Path
 
@@ -249,6 +250,20 @@ def test_a_rank_takes_its_part_and_says_so_before(saved, shard):
     assert sorted(seen) == seen
     if shard is not WHOLE:
         assert said < 0.3 * t5_weight_bytes(found, family, Checkpoint(saved), torch.float32)
+
+
+def test_each_layer_of_both_stacks_and_each_cross_attention_is_finished(saved):
+    found, family = read_spec(read_config(saved))
+    finished = []
+
+    def finish(layer):
+        finished.append(layer)
+        return layer
+
+    weights = load_t5_weights(found, family, Checkpoint(saved), torch.float32, finish=finish)
+    expected = [*weights.encoder.layers, *weights.decoder.layers, *weights.crosses]
+    assert len(expected) == found.num_encoder_layers + 2 * found.num_layers
+    assert all(map(operator.is_, finished, expected)) and len(finished) == len(expected)
 
 
 def test_dummy_weights_have_every_tensor(saved):

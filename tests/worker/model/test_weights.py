@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,28 @@ def test_the_checkpoint_decides_whether_the_head_is_tied(folder):
     change(folder, tie_word_embeddings=False)
     weights = load(folder)
     assert weights.head.weight is weights.embed.weight
+
+
+def test_a_layer_is_finished_before_anything_of_the_next_is_read(folder):
+    spec, family = read_spec(read_config(folder))
+    source, read, finished = DummySource(is_tied=False, head_name="lm_head"), [], []
+    copy = source.copy_into
+
+    def copy_into(name, target, part):
+        read.append(name)
+        copy(name, target, part)
+
+    def finish(layer):
+        finished.append({name for name in read if name.startswith("model.layers.")})
+        read.clear()
+        return replace(layer, mlp_out_norm=layer.attention_norm)
+
+    source.copy_into = copy_into
+    weights = load_weights(spec, family, source, torch.float32, finish=finish)
+    assert len(finished) == len(weights.layers) > 1
+    for number, names in enumerate(finished):
+        assert len(names) > 5 and all(name.startswith(f"model.layers.{number}.") for name in names)
+    assert all(layer.mlp_out_norm is layer.attention_norm for layer in weights.layers), "what is finished was dropped"
 
 
 def test_dummy_weights_are_the_same_every_time(folder):
