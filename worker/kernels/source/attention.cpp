@@ -16,6 +16,9 @@
 //                                                                          are transposed instead
 //   weights   [64 keys / 16 units][16 rows][16 units]
 //   values    [64 keys / 16 units][head / 16 elements][16 units][16 elements]
+//
+// Many rows go the other way round where there are tiles, `turned`: keys times queries, values times weights. A vector then
+// has 16 rows, so that what is largest and what is summed up need not be looked for within vectors.
 
 #include "kernels.h"
 #include "pool.h"
@@ -36,6 +39,7 @@ constexpr int64_t MOST_ROWS = 256;        // of an item: what is laid out of key
 constexpr int64_t MOST_SPLIT_ROWS = 64;   // of an item whose segments may go to different threads
 constexpr int64_t MOST_HEADS = 8;         // of an item that has one tile of rows for each
 constexpr int64_t SERIAL_WORK = 1 << 16;  // elements of keys that are not worth waking other threads
+constexpr float SLACK = 8.0f;             // powers of two by which scores may be above what they are measured by
 constexpr float INFINITE = __builtin_inff();
 
 struct Call {
@@ -49,8 +53,9 @@ struct Call {
     int64_t group, columns, token_bytes, head_bytes;
 };
 
-// Sums of rows: of weighted values [rows][columns] and of weights [rows][LANES]; and the largest scores [rows], times
-// log2(e).
+// Sums of rows: of weighted values [rows][columns] and of weights [rows][LANES]; and the scores, times log2(e), that they
+// are measured by [rows]: the largest ones, or what is at most SLACK below them, so that sums need not be measured anew
+// whenever a score is the largest so far.
 struct State {
     float *sums, *weights, *largest;
 
@@ -125,6 +130,9 @@ INLINE floats tanh(floats x) {
     floats result = (1.0f - power) / (1.0f + power);
     return (floats)((uints)result | ((uints)x & 0x80000000u));
 }
+
+// What sums are measured by next, where the largest new score is `high`.
+INLINE floats measure(floats high, floats before) { return select(high > before + SLACK, high, before); }
 
 // Minus infinity would be subtracted from itself.
 INLINE floats finite_or_zero(floats x) { return select((ints)(x == -INFINITE), all(0.0f), x); }
@@ -340,7 +348,7 @@ struct WithVectors : E {
         });
     }
 
-    static constexpr bool READS_KEYS = false;
+    static constexpr bool TURNS = false;
     static void score_in_place(const uint32_t*, const char* const*, int64_t, int64_t, int64_t, int64_t, float*) {}
 
     static void begin() {}
@@ -443,13 +451,12 @@ INLINE void turn_scores(const float* from, int64_t num_columns, float* to) {
 }
 
 struct WithTiles : Pairs {
-    static constexpr bool READS_KEYS = true;
+    static constexpr bool TURNS = true;
 
-    // scores [groups][16 rows][16 keys], the first rows of each, of keys that are `stride` bytes apart in every group;
-    // queries [head / 16 units][16 units][16 rows]
-    static void score_in_place(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
-                               int64_t num_rows, int64_t num_groups, float* scores) {
-        alignas(64) float turned[TILE * BLOCK];
+    // scores [groups][16 keys][16 rows] of keys that are `stride` bytes apart in every group; queries [head / 16 units]
+    // [16 units][16 rows]
+    static void score_turned(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
+                             int64_t num_groups, float* scores) {
         in_tiles(num_groups, [&](auto tiles, int64_t at) {
             clear_tiles<tiles.value>();
             for (int64_t unit = 0; unit < num_units; unit += TILE) {
@@ -469,11 +476,18 @@ struct WithTiles : Pairs {
                     _tile_dpbf16ps(3, 5, 4);
                 }
             }
-            STORE_TILE(0, turned + at * UNITS, 64);
-            if constexpr (tiles.value > 1) STORE_TILE(1, turned + (at + 1) * UNITS, 64);
-            if constexpr (tiles.value > 2) STORE_TILE(2, turned + (at + 2) * UNITS, 64);
-            if constexpr (tiles.value > 3) STORE_TILE(3, turned + (at + 3) * UNITS, 64);
+            STORE_TILE(0, scores + at * UNITS, 64);
+            if constexpr (tiles.value > 1) STORE_TILE(1, scores + (at + 1) * UNITS, 64);
+            if constexpr (tiles.value > 2) STORE_TILE(2, scores + (at + 2) * UNITS, 64);
+            if constexpr (tiles.value > 3) STORE_TILE(3, scores + (at + 3) * UNITS, 64);
         });
+    }
+
+    // the same as [groups][16 rows][16 keys], the first rows of each
+    static void score_in_place(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
+                               int64_t num_rows, int64_t num_groups, float* scores) {
+        alignas(64) float turned[TILE * BLOCK];
+        score_turned(queries, keys, stride, num_units, num_groups, turned);
         for (int64_t group = 0; group < num_groups; ++group)
             turn_scores(turned + group * UNITS, num_rows, scores + group * UNITS);
     }
@@ -498,6 +512,40 @@ struct WithTiles : Pairs {
             load_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
             add_tiles<tiles.value>(weights, values + at * UNITS, columns / LANES * UNITS, ceil_div(num_keys, 2 * TILE));
             store_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
+        });
+    }
+
+    // sums [columns][16 rows] += values * weights of the first `num_keys`; values [64 keys / 16 units][head / 16 elements]
+    // [16 elements][16 units], weights [64 keys / 16 units][16 units][16 rows]
+    static void weigh_turned(const uint32_t* weights, const uint32_t* values, int64_t num_keys, float* sums, int64_t columns) {
+        in_tiles(columns / LANES, [&](auto tiles, int64_t at) {
+            float* own = sums + at * UNITS;
+            LOAD_TILE(0, own, 64);
+            if constexpr (tiles.value > 1) LOAD_TILE(1, own + UNITS, 64);
+            if constexpr (tiles.value > 2) LOAD_TILE(2, own + 2 * UNITS, 64);
+            if constexpr (tiles.value > 3) LOAD_TILE(3, own + 3 * UNITS, 64);
+            for (int64_t block = 0; block < ceil_div(num_keys, 2 * TILE); ++block) {
+                const uint32_t* from = values + (block * columns / LANES + at) * UNITS;
+                LOAD_TILE(4, weights + block * UNITS, 64);
+                LOAD_TILE(5, from, 64);
+                _tile_dpbf16ps(0, 5, 4);
+                if constexpr (tiles.value > 1) {
+                    LOAD_TILE(6, from + UNITS, 64);
+                    _tile_dpbf16ps(1, 6, 4);
+                }
+                if constexpr (tiles.value > 2) {
+                    LOAD_TILE(7, from + 2 * UNITS, 64);
+                    _tile_dpbf16ps(2, 7, 4);
+                }
+                if constexpr (tiles.value > 3) {
+                    LOAD_TILE(5, from + 3 * UNITS, 64);
+                    _tile_dpbf16ps(3, 5, 4);
+                }
+            }
+            STORE_TILE(0, own, 64);
+            if constexpr (tiles.value > 1) STORE_TILE(1, own + UNITS, 64);
+            if constexpr (tiles.value > 2) STORE_TILE(2, own + 2 * UNITS, 64);
+            if constexpr (tiles.value > 3) STORE_TILE(3, own + 3 * UNITS, 64);
         });
     }
 
@@ -615,7 +663,7 @@ void prefetch(const Call& call, const Places& places, int64_t first, int64_t end
     }
 }
 
-// What is to be called while the values of one head are laid out: the share of the `part`-th of so many heads.
+// What is to be called while one head is at work: the share of the `part`-th of so many heads.
 struct Coming {
     const Places& places;
     int64_t part, num_parts, size;
@@ -641,26 +689,50 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
     for (int64_t key = places.count; key < end; ++key) rows[key] = own.zeros;
 }
 
+// Which way a tile of rows goes.
+enum Way { STRAIGHT, IN_PLACE, TURNED };
+
+INLINE void turn(uint32_t* block) {
+    alignas(64) uint32_t turned[UNITS];
+    const uint32_t* rows[TILE];
+    for (int row = 0; row < TILE; ++row) rows[row] = block + row * TILE;
+    transpose(rows, 0, turned);
+    memcpy(block, turned, sizeof turned);
+}
+
+// Keys [groups of 16][head / 16 units][16 units][16 keys]; turned they are as they were, one after the other.
+template <class E>
+void lay_out_keys(const typename E::Element* const* rows, int64_t num_groups, Way way, Scratch<E>& own) {
+    if (way == TURNED) {
+        for (int64_t key = 0; key < num_groups * LANES; ++key)
+            memcpy(own.keys + key * own.num_units, rows[key], own.num_units * sizeof(uint32_t));
+        return;
+    }
+    for (int64_t group = 0; group < num_groups; ++group)
+        for (int64_t block = 0; block < own.num_units / TILE; ++block)
+            transpose((const uint32_t* const*)rows + group * LANES, block * TILE, own.keys + (block * GROUPS + group) * UNITS);
+}
+
 // Lay out a block's keys and values of one head, `offset` bytes behind the first one's.
 template <class E>
-void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, bool in_place, Scratch<E>& own) {
+void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, Way way, Scratch<E>& own) {
     const typename E::Element* rows[BLOCK];
     int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
-    if (!in_place) gather(call, call.keys + offset, places, end, own, rows);
-    for (int64_t group = 0; group < num_groups; ++group) {
-        for (int64_t block = 0; !in_place && block < own.num_units / TILE; ++block)
-            transpose((const uint32_t* const*)rows + group * LANES, block * TILE,
-                      own.keys + (block * GROUPS + group) * UNITS);
+    if (way != IN_PLACE) {
+        gather(call, call.keys + offset, places, end, own, rows);
+        lay_out_keys(rows, num_groups, way, own);
     }
     gather(call, call.values + offset, places, end, own, rows);
     int64_t num_columns = own.columns / LANES;
     constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
     for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {
-        coming.call_some(call, unit, MOST_UNITS);
+        if (way == IN_PLACE) coming.call_some(call, unit, MOST_UNITS);
         if (unit >= end / E::PER_UNIT) continue;
         uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
         store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
     }
+    for (int64_t block = 0; way == TURNED && block < ceil_div(end, TILE * E::PER_UNIT) * num_columns; ++block)
+        turn(own.values + block * UNITS);
 }
 
 // Softmax.
@@ -692,10 +764,22 @@ INLINE floats hide(const Row& row, floats score, int64_t key) {
     return select((keys >= row.low) & (keys < row.high), score, all(-INFINITE));
 }
 
+#ifdef __AVX512BF16__
+// Two vectors as one of pairs.
+INLINE void store_pairs(uint32_t* to, floats first, floats second) {
+    const __m512i order = (__m512i)(uints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x100000u);
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(order, both));
+}
+#endif
+
 INLINE void store_weights(uint32_t* to, float, int64_t group, floats value) { store((float*)to + group * UNITS, value); }
 INLINE void store_weights(uint32_t* to, bf16, int64_t group, floats value) {
     store((bf16*)(to + group / 2 * UNITS) + group % 2 * LANES, value);
 }
+
+// Whether scores are nothing but products.
+bool is_plain(const Layer& layer) { return layer.softcap == 0.0 && !layer.slopes && !layer.bias && layer.scale > 0.0; }
 
 // From scores of a tile's rows to weights of a block's keys, and the factors on what was summed up before. Scores of a
 // row are `row_stride` apart, of groups of 16 keys `group_stride`.
@@ -703,8 +787,8 @@ template <class E>
 __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
                                       int64_t num_groups, float* scores, int64_t row_stride, int64_t group_stride,
                                       uint32_t* weights, const State& state, float* factors) {
-    bool is_plain = layer.softcap == 0.0 && !layer.slopes && !layer.bias && layer.scale > 0.0;
-    float scale = is_plain ? (float)(layer.scale * LOG2_E) : 1.0f;
+    bool is_regular = is_plain(layer);
+    float scale = is_regular ? (float)(layer.scale * LOG2_E) : 1.0f;
     float most[TILE];
     std::fill_n(most, TILE, -INFINITE);
     for (int64_t at = 0; at < num_rows; ++at) {
@@ -715,15 +799,15 @@ __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64
         for (int64_t group = 0; group < num_groups; ++group) {
             floats score = load(own + group * group_stride);
             int64_t key = first_key + group * LANES;
-            if (!is_plain) score = irregular(layer, row, score, key);
+            if (!is_regular) score = irregular(layer, row, score, key);
             if (hides) score = hide(row, score, key);
-            if (!is_plain || hides) store(own + group * group_stride, score);
+            if (!is_regular || hides) store(own + group * group_stride, score);
             high = larger(score, high);
         }
         most[at] = highest(high);
     }
     floats before = load_first(state.largest, num_rows);
-    floats after = larger(load(most) * scale, before);
+    floats after = measure(load(most) * scale, before);
     store_first(state.largest, after, num_rows);
     floats shift = finite_or_zero(after);
     float shifts[TILE];
@@ -742,6 +826,54 @@ __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64
     }
 }
 
+#ifdef __AMX_BF16__
+
+INLINE void hide_turned(const Row* rows, int64_t num_rows, int64_t first_key, int64_t num_keys, float* scores) {
+    alignas(64) int32_t low[TILE] = {}, high[TILE] = {};
+    for (int64_t row = 0; row < num_rows; ++row) low[row] = rows[row].low, high[row] = rows[row].high;
+    for (int64_t at = 0; at < num_keys; ++at, scores += TILE) {
+        ints key = ints{} + (int32_t)(first_key + at);
+        store(scores, select((key >= *(const ints*)low) & (key < *(const ints*)high), load(scores), all(-INFINITE)));
+    }
+}
+
+// The same for scores [keys][16 rows] and weights [units][16 rows], where scores are nothing but products; bit for bit.
+template <class E>
+void soften_turned(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
+                                             int64_t num_groups, float* scores, uint32_t* weights, const State& state,
+                                             int64_t columns) {
+    const floats scale = all((float)(layer.scale * LOG2_E));
+    int64_t num_keys = num_groups * LANES;
+    // positions ascend with rows
+    if (rows[num_rows - 1].low > first_key || rows[0].high < first_key + num_keys)
+        hide_turned(rows, num_rows, first_key, num_keys, scores);
+    floats high[] = {load(scores), load(scores + TILE), load(scores + 2 * TILE), load(scores + 3 * TILE)};
+    for (int64_t key = 4; key < num_keys; key += 4)
+        for (int at = 0; at < 4; ++at) high[at] = larger(load(scores + (key + at) * TILE), high[at]);
+    floats before = load(state.largest);
+    floats after = measure(larger(larger(high[0], high[1]), larger(high[2], high[3])) * scale, before);
+    store(state.largest, after);
+    floats shift = finite_or_zero(after), factors = exp2<6>(before - shift);
+    for (int64_t unit = 0; unit < TILE / 2; ++unit) {
+        floats even = all(0.0f), odd = all(0.0f);
+        for (int64_t group = 0; group < num_groups; ++group) {
+            const float* from = scores + (group * LANES + 2 * unit) * TILE;
+            floats first = exp2<E::DEGREE>(load(from) * scale - shift), second = exp2<E::DEGREE>(load(from + TILE) * scale - shift);
+            store_pairs(weights + (group * TILE / 2 + unit) * TILE, first, second);
+            even += first, odd += second;
+        }
+        float* place = state.weights + 2 * unit * TILE;
+        store(place, load(place) * factors + even);
+        store(place + TILE, load(place + TILE) * factors + odd);
+    }
+    if (num_groups % 2) memset(weights + num_groups * UNITS / 2, 0, UNITS / 2 * sizeof(uint32_t));
+    if (_mm512_cmp_ps_mask((__m512)factors, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) == 0) return;
+    for (int64_t column = 0; column < columns; ++column)
+        store(state.sums + column * TILE, load(state.sums + column * TILE) * factors);
+}
+
+#endif
+
 // Add a segment's sums to those of the segments before it.
 void merge(const State& total, const State& part, int64_t num_rows, int64_t columns) {
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -755,6 +887,27 @@ void merge(const State& total, const State& part, int64_t num_rows, int64_t colu
         for (int64_t column = 0; column < columns; column += LANES)
             store(to + column, load(to + column) * old + load(from + column) * added);
     }
+}
+
+// The same for a tile whose sums are turned, [columns][16 rows] and [LANES][16 rows].
+void merge_turned(const State& total, const State& part, int64_t columns) {
+    floats before = load(total.largest), here = load(part.largest), after = larger(here, before);
+    floats shift = finite_or_zero(after), old = exp2<6>(before - shift), added = exp2<6>(here - shift);
+    store(total.largest, after);
+    auto add = [&](float* to, const float* from, int64_t count) {
+        for (int64_t at = 0; at < count; ++at, to += TILE, from += TILE) store(to, load(to) * old + load(from) * added);
+    };
+    add(total.weights, part.weights, LANES), add(total.sums, part.sums, columns);
+}
+
+// Of a tile's sums [columns][16 rows] and [LANES][16 rows] to [16 rows][columns] and [16 rows][LANES].
+void turn_back(const State& tile, int64_t columns, float* sums) {
+    turn((uint32_t*)tile.weights);
+    for (int64_t column = 0; column < columns; column += LANES) {
+        turn((uint32_t*)tile.sums + column * TILE);
+        for (int64_t row = 0; row < TILE; ++row) store(sums + row * columns + column, load(tile.sums + (column + row) * TILE));
+    }
+    memcpy(tile.sums, sums, TILE * columns * sizeof(float));
 }
 
 // Items.
@@ -794,15 +947,9 @@ void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t b
     }
 }
 
-// One tile of rows, [units / 16][16 rows][16 units] to [units / 16][16 units][16 rows].
+// Of tiles of rows, [units / 16][16 rows][16 units] to [units / 16][16 units][16 rows].
 void turn_queries(uint32_t* queries, int64_t num_units) {
-    for (int64_t unit = 0; unit < num_units; unit += TILE, queries += UNITS) {
-        alignas(64) uint32_t turned[UNITS];
-        const uint32_t* rows[TILE];
-        for (int row = 0; row < TILE; ++row) rows[row] = queries + row * TILE;
-        transpose(rows, 0, turned);
-        memcpy(queries, turned, sizeof turned);
-    }
+    for (int64_t unit = 0; unit < num_units; unit += TILE, queries += UNITS) turn(queries);
 }
 
 template <class Q>
@@ -840,37 +987,75 @@ void find_block(const Call& call, const Item& item, int64_t block, Places& place
     locate(call, item.row, item.head, block * BLOCK, places.count, places.at);
 }
 
+// Keys as they lie in memory, the first of each group of 16, `stride` bytes apart.
+struct KeysInPlace {
+    const char* groups[GROUPS] = {};
+    int64_t stride;
+};
+
 template <class E>
-void run_block(const Call& call, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen,
-               const char* const* keys, Scratch<E>& own) {
+KeysInPlace find_keys(const Call& call, const Places& places, int64_t offset, Way way, const Scratch<E>& own) {
+    KeysInPlace found;
+    found.stride = way == TURNED ? own.num_units * (int64_t)sizeof(uint32_t) : call.token_bytes;
+    // pages hold whole groups
+    for (int64_t key = 0; way != STRAIGHT && key < places.count; key += LANES)
+        found.groups[key / LANES] = way == TURNED ? (const char*)own.keys + key * found.stride : call.keys + places.at[key] + offset;
+    return found;
+}
+
+template <class E>
+void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int64_t first_key, int64_t num_keys,
+              const uint32_t* queries, const KeysInPlace& keys, const State& state, Scratch<E>& own) {
+    int64_t num_groups = ceil_div(num_keys, LANES);
+#ifdef __AMX_BF16__
+    if constexpr (E::TURNS)
+        if (way == TURNED) {
+            E::score_turned(queries, keys.groups, keys.stride, own.num_units, num_groups, own.scores);
+            soften_turned<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, own.weights, state, own.columns);
+            return E::weigh_turned(own.weights, own.values, num_keys, state.sums, own.columns);
+        }
+#endif
+    float factors[TILE];
+    int64_t row_stride = way == IN_PLACE ? LANES : BLOCK, group_stride = way == IN_PLACE ? UNITS : LANES;
+    if (way == IN_PLACE)
+        E::score_in_place(queries, keys.groups, keys.stride, own.num_units, num_rows, num_groups, own.scores);
+    else E::score(queries, own.keys, own.num_units, num_rows, num_groups, own.scores);
+    soften<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
+              factors);
+    E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns);
+}
+
+template <class E>
+void run_block(const Call& call, Way way, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen,
+               const KeysInPlace& keys, const Coming& coming, Scratch<E>& own) {
     for (int64_t first = base; first < base + num_rows; first += TILE) {
         int64_t count = std::min(TILE, base + num_rows - first);
         const Row* rows = own.rows.data() + first;
         // positions ascend with rows
         int64_t end = std::min<int64_t>(rows[count - 1].high - first_key, num_seen);
+        if (way != IN_PLACE) coming.call_some(call, (first - base) / TILE, ceil_div(num_rows, TILE));
         if (end <= 0 || rows[0].low >= first_key + BLOCK) continue;
-        int64_t num_groups = ceil_div(end, LANES);
-        State state = own.state.from_row(first, own.columns);
-        float factors[TILE];
         const uint32_t* queries = own.queries + first * own.num_units;
-        int64_t row_stride = keys ? LANES : BLOCK, group_stride = keys ? UNITS : LANES;
-        if (keys) E::score_in_place(queries, keys, call.token_bytes, own.num_units, count, num_groups, own.scores);
-        else E::score(queries, own.keys, own.num_units, count, num_groups, own.scores);
-        soften<E>(call.layer, rows, count, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
-                  factors);
-        E::weigh(own.weights, own.values, end, count, factors, state.sums, own.columns);
+        run_tile(call, way, rows, count, first_key, end, queries, keys, own.state.from_row(first, own.columns), own);
     }
+}
+
+template <class E>
+Way way_of(const Call& call, int64_t num_tiles) {
+    const Layer& layer = call.layer;
+    if (E::TURNS && num_tiles > 1 && is_plain(layer)) return TURNED;
+    bool lies_well = layer.page_kind == E::KIND && layer.head_dim % (TILE * E::PER_UNIT) == 0 && call.batch.page_size % TILE == 0;
+    return E::TURNS && num_tiles == 1 && lies_well ? IN_PLACE : STRAIGHT;
 }
 
 template <class Q, class E>
 void run_item(const Call& call, const Item& item, const Item* next_item, Places& places, Scratch<E>& own) {
     int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
     int64_t head_rows = num_tiles * TILE;
-    bool in_place = E::READS_KEYS && num_tiles == 1 && call.layer.page_kind == E::KIND &&
-                    call.layer.head_dim % (TILE * E::PER_UNIT) == 0 && call.batch.page_size % TILE == 0;
+    Way way = way_of<E>(call, num_tiles);
     for (int64_t head = 0; head < item.num_heads; ++head) {
         load_queries<Q, E>(call, item, item.head + head, head * head_rows, num_tiles, own);
-        if (in_place) turn_queries(own.queries + head * head_rows * own.num_units, own.num_units);
+        if (way != STRAIGHT) turn_queries(own.queries + head * head_rows * own.num_units, num_tiles * own.num_units);
     }
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
@@ -882,13 +1067,11 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 Coming coming{next, head, item.num_heads, item.num_heads * call.head_bytes};
-                lay_out(call, places, head * call.head_bytes, coming, in_place, own);
-                // pages hold whole groups
-                const char* keys[GROUPS] = {};
-                for (int64_t key = 0; in_place && key < places.count; key += LANES)
-                    keys[key / LANES] = call.keys + places.at[key] + head * call.head_bytes;
-                run_block(call, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK),
-                          in_place ? keys : nullptr, own);
+                int64_t offset = head * call.head_bytes;
+                lay_out(call, places, offset, coming, way, own);
+                KeysInPlace keys = find_keys(call, places, offset, way, own);
+                run_block(call, way, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK), keys,
+                          coming, own);
             }
             places = next;
         }
@@ -896,9 +1079,13 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             std::swap(own.state, own.total);
             continue;
         }
-        for (int64_t row = 0; row < item.num_heads * head_rows; row += head_rows)
+        for (int64_t row = 0; way == TURNED && row < head_rows; row += TILE)
+            merge_turned(own.total.from_row(row, own.columns), own.state.from_row(row, own.columns), own.columns);
+        for (int64_t row = 0; way != TURNED && row < item.num_heads * head_rows; row += head_rows)
             merge(own.total.from_row(row, own.columns), own.state.from_row(row, own.columns), num_rows, own.columns);
     }
+    for (int64_t row = 0; way == TURNED && row < head_rows; row += TILE)
+        turn_back(own.total.from_row(row, own.columns), own.columns, own.state.sums);
     if (!item.partial) {
         for (int64_t head = 0; head < item.num_heads; ++head)
             finish<Q>(call, item, item.head + head, own.total.from_row(head * head_rows, own.columns));
