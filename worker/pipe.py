@@ -11,6 +11,8 @@ agent -> engine                                 engine -> agent
 from __future__ import annotations
 
 import struct
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -19,6 +21,8 @@ from common.errors import WireError
 from common.job import Adapter, SamplingParams
 
 HEADER = struct.Struct("<I")
+IDS = "i"
+"""Type code of arrays of token ids: 32 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +32,14 @@ class Submit:
 
     (request_id, epoch) names one run of a job: a late answer of an older run is told apart by its epoch.
     `is_suspect`: a job that saw a worker die runs its first step without new company. The source of an `adapter` is a
-    local folder here.
+    local folder here. Ids arrive as arrays: those of a long prompt would take longer than all the rest as msgpack's
+    integers.
     """
 
     request_id: str
     epoch: int
-    prompt_ids: list[int]
-    output_ids: list[int]
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
     params: SamplingParams
     eos_token_ids: list[int]
     cache_salt: str = ""
@@ -162,6 +167,7 @@ def encode(message: Message) -> bytes:
         # this happens in every engine step, for every request
         fields["runs"] = [_values(run) for run in message.runs]
     elif isinstance(message, Submit):
+        fields |= {name: _packed(fields[name]) for name in ("prompt_ids", "output_ids")}
         fields["params"] = wire.fields_of(message.params)
         fields["adapter"] = None if message.adapter is None else wire.fields_of(message.adapter)
     body = wire.pack([type(message).__name__, fields])
@@ -177,6 +183,7 @@ def decode(body: bytes) -> Message:
     try:
         name, fields = wire.unpack(body)
         if name == "Submit":
+            fields |= {name: _ids(fields[name]) for name in ("prompt_ids", "output_ids")}
             fields["params"] = wire.params_of(fields["params"])
             fields["adapter"] = wire.adapter_of(fields["adapter"])
         if name == "Step":
@@ -201,6 +208,18 @@ def read_message(stream: BinaryIO) -> Message | None:
         raise WireError(f"an engine message of {size} bytes exceeds the limit of {wire.MAX_BYTES}")
     body = stream.read(size)
     return decode(body) if len(body) == size else None
+
+
+def _packed(ids: Sequence[int]) -> bytes | list[int]:
+    """What does not fit goes as it is: the engine has the sentence for it."""
+    try:
+        return array(IDS, ids).tobytes()
+    except (OverflowError, TypeError):
+        return list(ids)
+
+
+def _ids(packed: bytes | list[int]) -> Sequence[int]:
+    return array(IDS, packed) if isinstance(packed, bytes) else packed
 
 
 def _values(run: TokenRun) -> tuple[Any, ...]:

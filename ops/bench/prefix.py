@@ -44,6 +44,7 @@ from worker.engine.blocks import BlockDigests, BlockPool
 from worker.engine.device import StepResult
 from worker.engine.request import request_of
 from worker.engine.scheduler import EngineLimits, Scheduler
+from worker.pipe import IDS
 
 if TYPE_CHECKING:
     from ops.bench.offline import OfflineEngine
@@ -129,7 +130,7 @@ def asker_of(engine: OfflineEngine) -> Ask:
     numbers = itertools.count()
 
     def ask(prompt: list[int], num_wanted: int) -> tuple[Probe, list[int]]:
-        asked = submit(str(next(numbers)), list(prompt), num_wanted, {"ignore_eos": True})
+        asked = submit(str(next(numbers)), array(IDS, prompt), num_wanted, {"ignore_eos": True})
         before, answer, is_over = engine.stats.prefill_tokens, list[int](), False
         started = time.perf_counter()
         engine.send(asked)
@@ -219,14 +220,14 @@ def search_costs(sizes: Sizes, repeats: int) -> dict[str, float]:
     found: dict[str, list[float]] = {"with history": [], "without": [], "digests": [], "look up": []}
     for number in range(repeats):
         rng = random.Random(number)
-        ids = rng.choices(range(sizes.config["vocab_size"]), k=sizes.num_total(0) - sizes.num_answer)
+        ids = array(IDS, rng.choices(range(sizes.config["vocab_size"]), k=sizes.num_total(0) - sizes.num_answer))
         scheduler = scheduler_for(len(ids))
         planned(scheduler, "before", ids[: -sizes.num_new])
         seconds, num_computed = planned(scheduler, "with", ids)
         assert sizes.num_new <= num_computed < sizes.num_new + BLOCK_SIZE, "the beginning is found"
         found["with history"].append(seconds)
         found["without"].append(planned(scheduler, "without", ids[: -sizes.num_new - 1 : -1])[0])
-        for name, spent in zip(("digests", "look up"), search(array("i", ids)), strict=True):
+        for name, spent in zip(("digests", "look up"), search(ids), strict=True):
             found[name].append(spent)
     return {name: 1e6 * statistics.median(each) for name, each in found.items()}
 
@@ -244,7 +245,7 @@ def scheduler_for(num_tokens: int) -> Scheduler:
     return Scheduler(limits)
 
 
-def planned(scheduler: Scheduler, name: str, ids: list[int]) -> tuple[float, int]:
+def planned(scheduler: Scheduler, name: str, ids: array[int]) -> tuple[float, int]:
     """Seconds until the request's step is planned, and the tokens of that step; the request ends with it."""
     asked = submit(name, ids, 1, {"ignore_eos": True})
     started = time.perf_counter()
@@ -257,8 +258,9 @@ def planned(scheduler: Scheduler, name: str, ids: list[int]) -> tuple[float, int
 
 
 def search(ids: array[int]) -> Iterator[float]:
-    """Seconds for the digests of these tokens, and for finding them all."""
+    """Seconds for the digests of these tokens, which an earlier turn had, and for finding them all."""
     maker, pool, digests = BlockDigests(BLOCK_SIZE), BlockPool(len(ids)), list[bytes]()
+    maker.extend([], ids, "", len(ids) // BLOCK_SIZE)
     started = time.perf_counter()
     maker.extend(digests, ids, "", len(ids) // BLOCK_SIZE)
     yield time.perf_counter() - started

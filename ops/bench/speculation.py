@@ -208,7 +208,7 @@ def speed(runs: Sequence[Run]) -> float:
     return sum(run.num_decoded for run in runs) / sum(run.decode_s for run in runs)
 
 
-def submit(name: str, prompt: list[int], length: int, params: dict[str, Any], ends: Sequence[int] = ()) -> Submit:
+def submit(name: str, prompt: Sequence[int], length: int, params: dict[str, Any], ends: Sequence[int] = ()) -> Submit:
     return Submit(
         request_id=name,
         epoch=1,

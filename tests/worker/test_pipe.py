@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -42,8 +44,8 @@ MESSAGES = [
     Submit(
         request_id="r",
         epoch=3,
-        prompt_ids=[1, 2],
-        output_ids=[3],
+        prompt_ids=array("i", [1, 2**31 - 1]),
+        output_ids=array("i", [3]),
         params=PARAMS,
         eos_token_ids=[7],
         cache_salt="t",
@@ -95,6 +97,21 @@ def test_messages_survive_the_way(message) -> None:
     received = decode(framed[HEADER.size :])
     assert received == message
     assert type(received) is type(message)
+
+
+@pytest.mark.parametrize("ids", [[], [5, 2**31 - 1, -1], [2**31], [2**63, 1], [1, "word"], [1.5]])
+def test_ids_arrive_as_they_were_sent_also_those_that_are_none(ids) -> None:
+    submit = replace(MESSAGES[0], prompt_ids=ids)
+    received = decode(encode(submit)[HEADER.size :])
+    assert list(received.prompt_ids) == ids
+    assert list(received.output_ids) == [3]
+
+
+def test_half_an_id_is_a_wire_error() -> None:
+    _, fields = wire.unpack(encode(MESSAGES[0])[HEADER.size :])
+    assert decode(wire.pack(["Submit", dict(fields)])) == MESSAGES[0]
+    with pytest.raises(WireError):
+        decode(wire.pack(["Submit", fields | {"prompt_ids": b"123"}]))
 
 
 def test_a_stream_gives_one_message_after_the_other_and_then_none() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan
 from worker.engine.request import Request, Residency
+from worker.pipe import IDS
 
 
 @dataclass(slots=True, eq=False)
@@ -55,12 +56,12 @@ class PlanBuilder:
         self._num_encoder_tokens = 0
         self._num_decodes = 0
         self._num_drafts = 0
-        self._tokens = array("i")
+        self._tokens = array(IDS)
         self._freed_rows = freed_rows
         self._new_rows: list[RowInit] = []
-        self._block_rows: list[int] = []
-        self._block_offsets: list[int] = []
-        self._block_ids: list[int] = []
+        self._block_rows = array(IDS)
+        self._block_offsets = array(IDS)
+        self._block_ids = array(IDS)
 
     def can_encode(self, num_tokens: int) -> bool:
         """Whether an encoder pass of this length fits in.
@@ -86,9 +87,9 @@ class PlanBuilder:
 
     def grow(self, row: int, offset: int, blocks: list[int]) -> None:
         """Append `blocks` to the table of `row`, which has `offset` already."""
-        self._block_rows += [row] * len(blocks)
-        self._block_offsets += range(offset, offset + len(blocks))
-        self._block_ids += blocks
+        self._block_rows += array(IDS, [row]) * len(blocks)
+        self._block_offsets.extend(range(offset, offset + len(blocks)))
+        self._block_ids.extend(blocks)
 
     def add(self, request: Request, residency: Residency, num_tokens: int, drafts: Sequence[int] = ()) -> None:
         """The next `num_tokens` of the request take part, and with the last of all `drafts` behind it; its lengths
@@ -115,9 +116,9 @@ class PlanBuilder:
             starts=np.array([entry.start for entry in entries], np.int32),
             tokens=np.frombuffer(self._tokens, np.int32),
             samples=np.array([entry.samples for entry in entries], np.bool_),
-            block_rows=np.array(self._block_rows, np.int32),
-            block_offsets=np.array(self._block_offsets, np.int32),
-            block_ids=np.array(self._block_ids, np.int32),
+            block_rows=np.frombuffer(self._block_rows, np.int32),
+            block_offsets=np.frombuffer(self._block_offsets, np.int32),
+            block_ids=np.frombuffer(self._block_ids, np.int32),
             new_rows=self._new_rows,
             freed_rows=np.array(self._freed_rows, np.int32),
         )

@@ -9,7 +9,7 @@ from enum import IntEnum
 from common.job import Adapter, SamplingParams
 from worker.engine.adapters import NO_SLOT
 from worker.engine.speculation import Lookup
-from worker.pipe import Submit, TokenRun
+from worker.pipe import IDS, Submit, TokenRun
 
 
 class RequestState(IntEnum):
@@ -136,15 +136,15 @@ def request_of(submit: Submit, arrival: int, decoder_start_id: int | None = None
         OverflowError: if a token id does not fit 32 bits.
         TypeError: if one is not an integer.
     """
-    params, prompt_ids, encoder_ids = submit.params, submit.prompt_ids, array("i")
+    params, prompt_ids, encoder_ids = submit.params, array(IDS, submit.prompt_ids), array(IDS)
     if decoder_start_id is not None:
-        prompt_ids, encoder_ids = [decoder_start_id], array("i", submit.prompt_ids)
+        prompt_ids, encoder_ids = array(IDS, [decoder_start_id]), prompt_ids
     return Request(
         request_id=submit.request_id,
         epoch=submit.epoch,
         arrival=arrival,
         params=params,
-        tokens=array("i", prompt_ids + submit.output_ids),
+        tokens=prompt_ids + array(IDS, submit.output_ids),
         num_prompt=len(prompt_ids),
         num_input=len(submit.prompt_ids),
         encoder_ids=encoder_ids,

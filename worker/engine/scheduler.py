@@ -176,10 +176,10 @@ class Scheduler:
             self._end(request)
 
     def _fault_of(self, request: Request) -> str:
-        limits, tokens = self.limits, request.encoder_ids + request.tokens
+        limits, tokens = self.limits, np.frombuffer(request.encoder_ids + request.tokens, np.int32)
         if request.num_input < 1:
             return "the prompt is empty"
-        if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
+        if tokens.min() < 0 or tokens.max() >= limits.vocab_size:
             return f"token ids must be below {limits.vocab_size}"
         num_total = request.num_input + request.params.max_new_tokens
         if num_total > limits.max_total_tokens:

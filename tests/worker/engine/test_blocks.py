@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.engine.blocks import DIGEST_BYTES, BlockDigests, BlockPool
+from worker.engine.blocks import DIGEST_BYTES, SPAN_BLOCKS, BlockDigests, BlockPool
 
 NUM_BLOCKS = 9
 
@@ -193,6 +193,38 @@ def test_digests_are_extended_not_made_again() -> None:
         maker.extend(digests, tokens, "s", num_blocks)
         assert len(digests) == num_blocks
     assert digests == digests_of(maker, list(range(8)), "s")
+
+
+class Unremembered(BlockDigests):
+    def _span(self, parent: bytes, content: bytes) -> list[bytes]:
+        return self._chain(parent, content)
+
+
+class BlindToWhatCameBefore(BlockDigests):
+    def _span(self, parent: bytes, content: bytes) -> list[bytes]:
+        return self._spans.setdefault(content, self._chain(parent, content))
+
+
+def digests_of_chats(maker: BlockDigests) -> list[list[bytes]]:
+    """Of turns of two chats whose second spans are equal, one after the other, in steps that end in the middle of spans
+    too."""
+    span = SPAN_BLOCKS * maker.block_size
+    middle, end = [7, 8] * span, [5] * (span // 2)
+    found, maker._secret = [], bytes(DIGEST_BYTES)
+    for chat in ([1] * span + middle, [2] * span + middle, [1] * span + middle + end, [1] * (span // 2) + end + middle):
+        tokens, digests = array("i", chat), list[bytes]()
+        for num_blocks in (0, SPAN_BLOCKS, 2 * SPAN_BLOCKS + 3, len(chat) // maker.block_size):
+            maker.extend(digests, tokens, "t", num_blocks)
+        found.append(digests)
+    return found
+
+
+@pytest.mark.parametrize("max_spans", [1, 2, 100])
+def test_spans_that_are_remembered_have_the_digests_of_their_blocks(max_spans: int) -> None:
+    maker = BlockDigests(4, max_spans)
+    assert digests_of_chats(maker) == digests_of_chats(maker) == digests_of_chats(Unremembered(4))
+    assert 0 < len(maker._spans) <= max_spans
+    assert digests_of_chats(BlindToWhatCameBefore(4)) != digests_of_chats(Unremembered(4))
 
 
 def test_tenants_and_processes_never_share_digests() -> None:
