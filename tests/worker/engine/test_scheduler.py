@@ -157,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_drafts = launch.plan.num_drafts[launch.plan.samples]
         SEEN["drafts"] += int(num_drafts.sum())
         num_ids = np.where(num_drafts, np.ceil((num_drafts + 1) * (np.array(shares)[: len(num_drafts)] - 0.2) / 0.8), 1)
-        num_ids = np.maximum(num_ids, 0).astype(np.int32)
+        num_ids = np.clip(num_ids, 0, num_drafts + 1).astype(np.int32)
         SEEN["retries"] += int((num_ids == 0).sum())
         ids, count = np.resize(tokens, num_ids.sum()).astype(np.int32), num_ids.sum()
         result = StepResult(ids=ids, logprobs=np.zeros(count, np.float32), num_ids=num_ids)
