@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +21,25 @@ MIXED = dict(lengths=[1, 9, 40, 40, 200, 17, 33, 64, 1100], counts=[1, 1, 1, 13,
 ENCODED = [1, 9, 1, 40, 120, 17]
 
 
+class CountingAttention(NativeAttention):
+    """Says as well how many segments of rows are read with those of others."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        self._count = library.inferfleet_num_shared_segments
+        self._count.argtypes, self._count.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+
+    def num_shared_segments(self, case: Case, layer: LayerShape) -> int:
+        meta = self.prepare(case.batch, case.k_pages.shape[1])
+        shape = case.q.shape[1], case.k_pages.shape[2], case.q.shape[2]
+        return self._count(meta.address, self.address_of(layer, *shape, case.q.dtype, case.k_pages.dtype))
+
+
 @pytest.fixture(params=[level.name for level in supported_levels(cpu_flags())], scope="module")
-def native(request) -> NativeAttention:
+def native(request) -> CountingAttention:
     library = load_library(request.param)
     library.inferfleet_set_threads(3)
-    return NativeAttention(library)
+    return CountingAttention(library)
 
 
 def run(attention, case: Case, layer: LayerShape) -> torch.Tensor:
@@ -116,6 +131,53 @@ def test_a_query_is_the_same_to_the_last_bit_in_every_company_and_chunk(native, 
                 assert torch.equal(part, together[at : at + size]), (row, at - first, size)
                 at += size
         first += count
+
+
+SHARED = dict(lengths=[1200, 1030, 1200, 600, 1600, 1540, 30, 1100], counts=[1, 1, 1, 1, 1, 1, 1, 2])
+"""The first four begin alike, so do the next two; those of two tokens in a step do not share."""
+NUM_SHARED = 2 + 2 + 2 + 1 + 2 * 3
+
+
+def sharing_case(kind: str, dtype: torch.dtype) -> tuple[Case, LayerShape]:
+    case, layer = kind_case(kind, **SHARED, dtype=dtype)
+    tables = case.batch.block_tables.copy()
+    for first, end in ((0, 4), (4, 6)):
+        for row in range(first + 1, end):
+            num_pages = min(SHARED["lengths"][row] - 1, 1536) // case.k_pages.shape[1]
+            tables[row, :num_pages] = tables[first, :num_pages]
+    tables[7, :64] = tables[0, :64]
+    return case._replace(batch=replace(case.batch, block_tables=tables)), layer
+
+
+@pytest.mark.parametrize("kind", ["plain", "slopes of heads that share keys", "bias of heads that share keys"])
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+def test_rows_that_begin_alike_are_read_together_and_stay_the_same_to_the_last_bit(native, dtype, kind):
+    case, layer = sharing_case(kind, dtype)
+    assert native.num_shared_segments(case, layer) == NUM_SHARED
+    found = run(native, case, layer)
+    assert error(found, exact(case, layer)) <= BARS[dtype]
+    first = 0
+    for row, count in enumerate(case.batch.num_queries):
+        batch = case.batch
+        alone = Batch(
+            *(part[row : row + 1] for part in (batch.num_queries, batch.starts, batch.block_tables)), batch.slots
+        )
+        queries = case._replace(q=case.q[first : first + count], batch=alone)
+        assert native.num_shared_segments(queries, layer) == 0
+        assert torch.equal(run(native, queries, layer), found[first : first + count]), row
+        first += count
+    tables = case.batch.block_tables.copy()
+    tables[2, 3] = tables[4, 3]
+    other = case._replace(batch=replace(case.batch, block_tables=tables))
+    assert native.num_shared_segments(other, layer) == NUM_SHARED - 1
+    assert not torch.equal(run(native, other, layer)[2], found[2])
+
+
+def test_a_window_shares_what_lies_in_it_as_a_whole(native):
+    case, layer = sharing_case("plain", torch.float32)
+    layer = replace(layer, window=700)
+    assert native.num_shared_segments(case, layer) == 3 + 2
+    assert error(run(native, case, layer), exact(case, layer)) <= BARS[torch.float32]
 
 
 def test_what_is_no_number_stays_in_its_row(native):

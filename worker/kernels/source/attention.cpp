@@ -45,12 +45,12 @@ constexpr float INFINITE = __builtin_inff();
 struct Call {
     const Batch& batch;
     const Layer& layer;
-    const char* queries;
-    int64_t query_stride;  // bytes between tokens
-    const char *keys, *values;
-    char* out;
+    const char* queries = nullptr;
+    int64_t query_stride = 0;  // bytes between tokens
+    const char *keys = nullptr, *values = nullptr;
+    char* out = nullptr;
 
-    int64_t group, columns, token_bytes, head_bytes;
+    int64_t group = 0, columns = 0, token_bytes = 0, head_bytes = 0;
 };
 
 // Sums of rows: of weighted values [rows][columns] and of weights [rows][LANES]; and the scores, times log2(e), that they
@@ -78,13 +78,32 @@ struct State {
     }
 };
 
+// Where sums of one segment are left: those of the first head of keys at `place`, of the next ones `stride` further each.
+struct Partial {
+    float* place = nullptr;
+    int64_t stride = 0;
+
+    Partial of(int64_t segment, int64_t size) const { return {place + segment * size, stride}; }
+};
+
+// One of the decoding rows that share a segment.
+struct Member {
+    int64_t row, token;
+    Partial partial;
+};
+
 // Queries first .. first + count of a row, for the heads that share those of keys from `head` on; of their keys the
-// segments from `segment` on. With `partial` one segment of one head alone, whose sums are left there.
+// segments from `segment` on. With a `partial` place one segment alone, whose sums are left there. With `members` the
+// queries are those of `count` rows, and `row` is one of them.
 //
 // Some heads are one item because their keys are neighbours in memory: what is read together can be called together.
 struct Item {
     int64_t row, head, num_heads, first, count, token, segment, num_segments;
-    float* partial;
+    Partial partial = {};
+    const Member* members = nullptr;
+
+    int64_t row_of(int64_t query) const { return members ? members[query].row : row; }
+    int64_t token_of(int64_t query) const { return members ? members[query].token : token + query; }
 };
 
 // What a row of queries sees.
@@ -929,16 +948,16 @@ void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t b
     uint32_t* queries = own.queries + base * own.num_units;
     memset(queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
     for (int64_t row = 0; row < item.count * call.group; ++row) {
-        int64_t query = item.first + row / call.group, head = kv_head * call.group + row % call.group;
-        const Q* from = (const Q*)(call.queries + (item.token + row / call.group) * call.query_stride) + head * layer.head_dim;
+        int64_t query = row / call.group, head = kv_head * call.group + row % call.group, of = item.row_of(query);
+        const Q* from = (const Q*)(call.queries + item.token_of(query) * call.query_stride) + head * layer.head_dim;
         uint32_t* to = queries + row / TILE * tile_units + row % TILE * TILE;
         for (int64_t unit = 0; unit < own.num_units; unit += TILE, to += UNITS) {
             int64_t first = unit * E::PER_UNIT, left = layer.head_dim - first;
             copy_head(from + first, left, TILE * E::PER_UNIT, (Element*)to, LANES);
         }
-        int64_t position = call.batch.starts[item.row] + query;
+        int64_t position = call.batch.starts[of] + (item.members ? 0 : item.first + query);
         Row& seen = own.rows[base + row];
-        seen.high = call.batch.num_keys ? call.batch.num_keys[item.row] : position + 1;
+        seen.high = call.batch.num_keys ? call.batch.num_keys[of] : position + 1;
         seen.low = std::max(position + 1 - layer.window, (int64_t)0);
         if (call.batch.num_keys) seen.low = 0;
         seen.position = position;
@@ -969,11 +988,13 @@ void finish(const Call& call, const Item& item, int64_t kv_head, const State& st
 }
 
 int64_t first_key(const Call& call, const Item& item) {
+    if (item.members) return item.segment * SEGMENT;
     if (call.batch.num_keys) return 0;
     return std::max(call.batch.starts[item.row] + item.first + 1 - call.layer.window, (int64_t)0);
 }
 
 int64_t end_key(const Call& call, const Item& item) {
+    if (item.members) return (item.segment + 1) * SEGMENT;
     if (call.batch.num_keys) return call.batch.num_keys[item.row];
     return call.batch.starts[item.row] + item.first + item.count;
 }
@@ -1048,6 +1069,18 @@ Way way_of(const Call& call, int64_t num_tiles) {
     return E::TURNS && num_tiles == 1 && lies_well ? IN_PLACE : STRAIGHT;
 }
 
+void keep(const State& sums, int64_t num_rows, int64_t columns, const Partial& to, int64_t kv_head) {
+    State kept(to.place + kv_head * to.stride, num_rows, columns);
+    memcpy(kept.sums, sums.sums, num_rows * columns * sizeof(float));
+    memcpy(kept.weights, sums.weights, num_rows * LANES * sizeof(float));
+    memcpy(kept.largest, sums.largest, num_rows * sizeof(float));
+}
+
+void keep_each(const Call& call, const Item& item, int64_t kv_head, const State& sums) {
+    for (int64_t query = 0; query < item.count; ++query)
+        keep(sums.from_row(query * call.group, call.columns), call.group, call.columns, item.members[query].partial, kv_head);
+}
+
 template <class Q, class E>
 void run_item(const Call& call, const Item& item, const Item* next_item, Places& places, Scratch<E>& own) {
     int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
@@ -1086,36 +1119,59 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
     }
     for (int64_t row = 0; way == TURNED && row < head_rows; row += TILE)
         turn_back(own.total.from_row(row, own.columns), own.columns, own.state.sums);
-    if (!item.partial) {
-        for (int64_t head = 0; head < item.num_heads; ++head)
-            finish<Q>(call, item, item.head + head, own.total.from_row(head * head_rows, own.columns));
-        return;
+    for (int64_t head = 0; head < item.num_heads; ++head) {
+        State sums = own.total.from_row(head * head_rows, own.columns);
+        if (!item.members && !item.partial.place) finish<Q>(call, item, item.head + head, sums);
+        else if (!item.members) keep(sums, num_rows, own.columns, item.partial, item.head + head);
+        else keep_each(call, item, item.head + head, sums);
     }
-    State kept(item.partial, num_rows, own.columns);
-    memcpy(kept.sums, own.total.sums, num_rows * own.columns * sizeof(float));
-    memcpy(kept.weights, own.total.weights, num_rows * LANES * sizeof(float));
-    memcpy(kept.largest, own.total.largest, num_rows * sizeof(float));
 }
+
+// Rows whose keys of a whole segment are the same ones, as behind a prompt that many requests begin with: what is laid out
+// of them serves all. `members` are counted first.
+struct Group {
+    int64_t segment, row, num_members = 0, first_member = 0;
+};
+
+// That of an item's segment.
+struct Share {
+    int64_t item, segment, group;
+};
+
+constexpr int64_t MOST_RECENT = 8;  // groups of a segment that a row is compared with
+
+struct Recent {
+    int64_t groups[MOST_RECENT], count = 0;
+};
 
 // What of an item is one thread's task, longest first.
 struct Plan {
-    std::vector<Item> items, split;
+    std::vector<Item> items, split, blocks;
     std::vector<float> partial;
+    std::vector<Group> groups;
+    std::vector<Share> shares;
+    std::vector<Member> members;
+    std::vector<Recent> recent;
     int64_t most_rows = 0;
+
+    void clear() { items.clear(), split.clear(), blocks.clear(), groups.clear(), shares.clear(), members.clear(), recent.clear(); }
 };
 
 int64_t work_of(const Call& call, const Item& item) {
     return item.count * (end_key(call, item) - first_key(call, item));
 }
 
-void add_items(const Call& call, int64_t queries_at_once, std::vector<Item>& blocks) {
-    int64_t token = 0;
+void add_blocks(const Call& call, int64_t queries_at_once, std::vector<Item>& blocks) {
+    int64_t token = 0, num_heads = call.layer.num_kv_heads;
     for (int64_t row = 0; row < call.batch.num_rows; ++row) {
         // of about one size: a short rest would lay out as many keys as the others
         int64_t all = call.batch.num_queries[row], size = all ? ceil_div(all, ceil_div(all, queries_at_once)) : 1;
         for (int64_t first = 0; first < all; first += size) {
             int64_t count = std::min(size, all - first);
-            blocks.push_back({row, 0, 1, first, count, token, 0, 1, nullptr});
+            Item block{row, 0, num_heads, first, count, token, 0, 1};
+            block.segment = first_key(call, block) / SEGMENT;
+            block.num_segments = ceil_div(end_key(call, block), SEGMENT) - block.segment;
+            blocks.push_back(block);
             token += count;
         }
     }
@@ -1123,59 +1179,134 @@ void add_items(const Call& call, int64_t queries_at_once, std::vector<Item>& blo
                      [&](const Item& a, const Item& b) { return work_of(call, a) > work_of(call, b); });
 }
 
+const int64_t* pages_of(const Call& call, int64_t row, int64_t segment) {
+    return call.batch.tables + row * call.batch.table_stride + segment * SEGMENT / call.batch.page_size;
+}
+
+int64_t find_group(const Call& call, int64_t row, int64_t segment, Plan& made) {
+    if ((int64_t)made.recent.size() <= segment) made.recent.resize(segment + 1);
+    Recent& recent = made.recent[segment];
+    const int64_t *own = pages_of(call, row, segment), num = SEGMENT / call.batch.page_size;
+    for (int64_t at = 0; at < std::min(recent.count, MOST_RECENT); ++at) {
+        const int64_t* other = pages_of(call, made.groups[recent.groups[at]].row, segment);
+        if (*own == *other && !memcmp(own, other, num * sizeof *own)) return recent.groups[at];
+    }
+    made.groups.push_back({segment, row});
+    return recent.groups[recent.count++ % MOST_RECENT] = made.groups.size() - 1;
+}
+
+void find_shares(const Call& call, Plan& made) {
+    if (call.batch.num_keys || SEGMENT % call.batch.page_size) return;
+    for (int64_t index = 0; index < (int64_t)made.blocks.size(); ++index) {
+        const Item& block = made.blocks[index];
+        if (call.batch.num_queries[block.row] > 1) continue;
+        int64_t segment = ceil_div(first_key(call, block), SEGMENT), end = end_key(call, block) / SEGMENT;
+        for (; segment < end; ++segment) {
+            int64_t group = find_group(call, block.row, segment, made);
+            made.shares.push_back({index, segment, group});
+            ++made.groups[group].num_members;
+        }
+    }
+    auto is_alone = [&](const Share& share) { return made.groups[share.group].num_members < 2; };
+    made.shares.erase(std::remove_if(made.shares.begin(), made.shares.end(), is_alone), made.shares.end());
+}
+
+// Items of a block's heads, `most_heads` at a time.
+void add_heads(const Call& call, Item item, int64_t most_heads, std::vector<Item>& items, Plan& made) {
+    made.most_rows = std::max(made.most_rows, ceil_div(item.count * call.group, TILE) * TILE * most_heads);
+    for (item.head = 0; item.head < call.layer.num_kv_heads; item.head += most_heads) {
+        item.num_heads = std::min(most_heads, call.layer.num_kv_heads - item.head);
+        items.push_back(item);
+    }
+}
+
+void add_shared(const Call& call, int64_t members_at_once, Plan& made) {
+    int64_t place = 0, size = State::size(call.group, call.columns);
+    for (Group& group : made.groups)
+        if (group.num_members > 1) group.first_member = std::exchange(place, place + group.num_members), group.num_members = 0;
+    made.members.resize(place);
+    for (const Share& share : made.shares) {
+        Group& group = made.groups[share.group];
+        const Item& block = made.blocks[share.item];
+        Partial partial = block.partial.of(share.segment - block.segment, size);
+        made.members[group.first_member + group.num_members++] = {block.row, block.token, partial};
+    }
+    for (const Group& group : made.groups)
+        for (int64_t first = 0; group.num_members > 1 && first < group.num_members; first += members_at_once) {
+            int64_t count = std::min(members_at_once, group.num_members - first);
+            Item item{group.row, 0, 1, 0, count, 0, group.segment, 1, {}, made.members.data() + group.first_member + first};
+            add_heads(call, item, 1, made.items, made);
+        }
+}
+
+// What is left of a block whose segments go apart, without those that `share` and the next ones tell of.
+void add_segments(const Call& call, const Item& block, int64_t most_heads, const Share*& share, const Share* end, Plan& made) {
+    int64_t index = &block - made.blocks.data();
+    for (int64_t segment = 0; segment < block.num_segments; ++segment) {
+        if (share < end && share->item == index && share->segment == block.segment + segment) {
+            ++share;
+            continue;
+        }
+        Item part = block;
+        part.segment += segment, part.num_segments = 1;
+        part.partial = block.partial.of(segment, State::size(block.count * call.group, call.columns));
+        add_heads(call, part, most_heads, made.items, made);
+    }
+    add_heads(call, block, 1, made.split, made);
+}
+
+// Deal out places for the sums of blocks whose segments go apart.
+void place_partials(const Call& call, int64_t num_threads, int64_t work, Plan& made) {
+    std::vector<int64_t> sizes(made.blocks.size());
+    for (const Share& share : made.shares) sizes[share.item] = 1;
+    int64_t all = 0;
+    for (size_t index = 0; index < sizes.size(); ++index) {
+        const Item& block = made.blocks[index];
+        int64_t num_rows = block.count * call.group;
+        bool is_long = num_threads > 1 && block.num_segments > 1 && num_rows <= MOST_SPLIT_ROWS &&
+                       work_of(call, block) * call.layer.num_kv_heads * 2 * num_threads > work;
+        if (sizes[index] || is_long) sizes[index] = block.num_segments * State::size(num_rows, call.columns);
+        all += sizes[index] * call.layer.num_kv_heads;
+    }
+    if ((int64_t)made.partial.size() < all) made.partial.resize(all);
+    float* place = made.partial.data();
+    for (size_t index = 0; index < sizes.size(); place += sizes[index++] * call.layer.num_kv_heads)
+        if (sizes[index]) made.blocks[index].partial = {place, sizes[index]};
+}
+
 void plan(const Call& call, int64_t num_threads, Plan& made) {
-    static thread_local std::vector<Item> blocks;
-    blocks.clear(), made.items.clear(), made.split.clear();
+    made.clear();
     int64_t num_tokens = 0, work = 0, num_heads = call.layer.num_kv_heads;
     for (int64_t row = 0; row < call.batch.num_rows; ++row) num_tokens += call.batch.num_queries[row];
     int64_t rows = num_tokens * call.layer.num_heads / (2 * num_threads);
     rows = std::min(std::max(rows, TILE), MOST_ROWS);
-    add_items(call, std::max(rows / call.group, (int64_t)1), blocks);
-    for (const Item& block : blocks) work += work_of(call, block) * num_heads;
-    int64_t partial = 0, heads_at_once = (int64_t)blocks.size() * num_heads / (4 * num_threads);
+    int64_t queries_at_once = std::max(rows / call.group, (int64_t)1);
+    add_blocks(call, queries_at_once, made.blocks);
+    for (const Item& block : made.blocks) work += work_of(call, block) * num_heads;
+    int64_t heads_at_once = (int64_t)made.blocks.size() * num_heads / (4 * num_threads);
     heads_at_once = std::max(std::min(heads_at_once, MOST_HEADS), (int64_t)1);
     made.most_rows = 0;
-    for (Item item : blocks) {
-        int64_t end = end_key(call, item), num_rows = item.count * call.group;
-        item.segment = first_key(call, item) / SEGMENT;
-        item.num_segments = ceil_div(end, SEGMENT) - item.segment;
-        bool is_split = num_threads > 1 && item.num_segments > 1 && num_rows <= MOST_SPLIT_ROWS &&
-                        work_of(call, item) * 2 * num_threads > work;
-        int64_t most_heads = is_split || num_rows > TILE ? 1 : heads_at_once;
-        made.most_rows = std::max(made.most_rows, ceil_div(num_rows, TILE) * TILE * most_heads);
-        for (item.head = 0; item.head < num_heads; item.head += most_heads) {
-            item.num_heads = std::min(most_heads, num_heads - item.head);
-            if (!is_split) {
-                made.items.push_back(item);
-                continue;
-            }
-            made.split.push_back(item);
-            partial += item.num_segments * State::size(num_rows, call.columns);
+    find_shares(call, made);
+    place_partials(call, num_threads, work, made);
+    add_shared(call, queries_at_once, made);
+    const Share *share = made.shares.data(), *end = share + made.shares.size();
+    for (bool goes_apart : {true, false})
+        for (const Item& block : made.blocks) {
+            if ((block.partial.place != nullptr) != goes_apart) continue;
+            bool is_shared = share < end && share->item == &block - made.blocks.data();
+            int64_t most_heads = block.count * call.group > TILE ? 1 : heads_at_once;
+            if (!goes_apart) add_heads(call, block, most_heads, made.items, made);
+            else add_segments(call, block, is_shared ? most_heads : 1, share, end, made);
         }
-    }
-    if (made.split.empty()) return;
-    if ((int64_t)made.partial.size() < partial) made.partial.resize(partial);
-    float* place = made.partial.data();
-    std::vector<Item> parts;
-    for (Item& item : made.split) {
-        item.partial = place;
-        for (int64_t segment = 0; segment < item.num_segments; ++segment) {
-            Item part = item;
-            part.segment += segment, part.num_segments = 1, part.partial = place;
-            parts.push_back(part);
-            place += State::size(item.count * call.group, call.columns);
-        }
-    }
-    made.items.insert(made.items.begin(), parts.begin(), parts.end());
 }
 
 template <class Q>
 void finish_split(const Call& call, const Item& item) {
-    int64_t num_rows = item.count * call.group;
-    State total(item.partial, num_rows, call.columns);
+    int64_t num_rows = item.count * call.group, size = State::size(num_rows, call.columns);
+    float* first = item.partial.place + item.head * item.partial.stride;
+    State total(first, num_rows, call.columns);
     for (int64_t segment = 1; segment < item.num_segments; ++segment)
-        merge(total, State(item.partial + segment * State::size(num_rows, call.columns), num_rows, call.columns), num_rows,
-              call.columns);
+        merge(total, State(first + segment * size, num_rows, call.columns), num_rows, call.columns);
     finish<Q>(call, item, item.head, total);
 }
 
@@ -1210,17 +1341,30 @@ void attend(const Call& call) {
     for_each_in_parallel(shared.split.size(), [&](int64_t item) { finish_split<Q>(call, shared.split[item]); });
 }
 
+Call call_of(const Batch& batch, const Layer& layer) {
+    Call call{batch, layer};
+    call.group = layer.num_heads / layer.num_kv_heads;
+    call.columns = ceil_div(layer.head_dim, LANES) * LANES;
+    call.head_bytes = head_bytes(layer.page_kind, layer.head_dim);
+    call.token_bytes = call.head_bytes * layer.num_kv_heads;
+    return call;
+}
+
 }  // namespace
+
+// How many segments of rows are read together with those of other rows.
+EXPORT int64_t inferfleet_num_shared_segments(const Batch* batch, const Layer* layer) {
+    Plan made;
+    plan(call_of(*batch, *layer), num_threads(), made);
+    return made.members.size();
+}
 
 // `queries` are `query_stride` elements apart; keys and values lie alike, tokens of all pages one after the other.
 EXPORT void inferfleet_attend(const Batch* batch, const Layer* layer, const void* queries, int64_t query_stride,
                               const void* keys, const void* values, void* out) {
-    Call call{*batch, *layer, (const char*)queries, 0, (const char*)keys, (const char*)values, (char*)out, 0, 0, 0, 0};
+    Call call = call_of(*batch, *layer);
+    call.queries = (const char*)queries, call.keys = (const char*)keys, call.values = (const char*)values, call.out = (char*)out;
     call.query_stride = query_stride * (layer->query_kind == FLOAT32 ? 4 : 2);
-    call.group = layer->num_heads / layer->num_kv_heads;
-    call.columns = ceil_div(layer->head_dim, LANES) * LANES;
-    call.head_bytes = head_bytes(layer->page_kind, layer->head_dim);
-    call.token_bytes = call.head_bytes * layer->num_kv_heads;
     if (layer->query_kind == FLOAT32) attend<float, Wide>(call);
     else attend<bf16, Narrow>(call);
 }
