@@ -105,10 +105,30 @@ constexpr int MOST_ROWS = 8;
 constexpr int MOST_ROWS = 3;
 #endif
 
+constexpr int64_t LINE = 64, LINES_AT_ONCE = 32;
+constexpr int64_t PIECE = LINE * LINES_AT_ONCE;  // bytes of a panel
+
+INLINE void prefetch(const char* from, int64_t num_lines) {
+    for (int64_t line = 0; line < num_lines; ++line) call_line(from + line * LINE);
+}
+
+// What is called from memory while rows pass a panel: some lines of another one for each of its pieces.
+struct Coming {
+    const char *from, *end;
+    int64_t lines;
+
+    void call_some() {
+        if (from < end) prefetch(from, lines);
+        from += lines * LINE;
+    }
+};
+
 template <int ROWS>
-INLINE void rows_by_panel(const float* const* x, const float* packed, int64_t k, floats (*sums)[2]) {
+INLINE void rows_by_panel(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2]) {
+    constexpr int64_t AT_ONCE = PIECE / (PANEL * sizeof(float));
     floats own[ROWS][2] = {};
     for (int64_t at = 0; at < k; ++at, packed += PANEL) {
+        if (at % AT_ONCE == 0) coming.call_some();
         floats left = load(packed), right = load(packed + LANES);
         for (int row = 0; row < ROWS; ++row) {
             own[row][0] += x[row][at] * left;
@@ -139,9 +159,11 @@ INLINE uint32_t pair_at(const bf16* x, int64_t at, int64_t k) {
 }
 
 template <int ROWS>
-INLINE void rows_by_panel(const bf16* const* x, const bf16* packed, int64_t k, floats (*sums)[2]) {
+INLINE void rows_by_panel(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2]) {
+    static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE);
     floats own[ROWS][2] = {};
-    for (int64_t step = 0; step < k; step += STEP, packed += STEP_ELEMENTS)
+    for (int64_t step = 0; step < k; step += STEP, packed += STEP_ELEMENTS) {
+        coming.call_some();
         for (int64_t at = step; at < std::min(step + STEP, k); at += 2) {
             const bf16* pairs = packed + (at - step) * TILE;
             for (int row = 0; row < ROWS; ++row) {
@@ -150,22 +172,23 @@ INLINE void rows_by_panel(const bf16* const* x, const bf16* packed, int64_t k, f
                 own[row][1] = add_pairs(own[row][1], pair, pairs + TILE * STEP);
             }
         }
+    }
     memcpy(sums, own, sizeof own);
 }
 
 template <class T, int ROWS>
-void some_rows(const Product& p, int64_t first, int64_t panel, const T* packed) {
+void some_rows(const Product& p, int64_t first, int64_t panel, const T* packed, const Coming& coming) {
     const T* x[ROWS];
     for (int row = 0; row < ROWS; ++row) x[row] = (const T*)p.x + (first + row) * p.x_stride;
     floats sums[ROWS][2];
-    rows_by_panel<ROWS>(x, packed, p.k, sums);
+    rows_by_panel<ROWS>(x, packed, p.k, coming, sums);
     for (int row = 0; row < ROWS; ++row) finish<T>(sums[row][0], sums[row][1], p, first + row, panel);
 }
 
 template <class T, int ROWS = MOST_ROWS>
-void last_rows(const Product& p, int64_t first, int64_t count, int64_t panel, const T* packed) {
-    if (count == ROWS) return some_rows<T, ROWS>(p, first, panel, packed);
-    if constexpr (ROWS > 1) last_rows<T, ROWS - 1>(p, first, count, panel, packed);
+void last_rows(const Product& p, int64_t first, int64_t count, int64_t panel, const T* packed, const Coming& coming) {
+    if (count == ROWS) return some_rows<T, ROWS>(p, first, panel, packed, coming);
+    if constexpr (ROWS > 1) last_rows<T, ROWS - 1>(p, first, count, panel, packed, coming);
 }
 
 template <class T>
@@ -184,10 +207,14 @@ void multiply_with_vectors(const Product& p) {
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t end = std::min(begin + most, p.num_rows);
         for_panels(p.num_panels(), [&](auto&& for_each) {
-            for_each([&](int64_t panel, int64_t) {
-                const T* packed = (const T*)p.packed + panel * panel_elements<T>(p.k);
-                for (int64_t row = begin; row < end; row += MOST_ROWS)
-                    last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed);
+            for_each([&](int64_t panel, int64_t next) {
+                int64_t size = panel_elements<T>(p.k), turns = ceil_div(end - begin, MOST_ROWS), lines = ceil_div(LINES_AT_ONCE, turns);
+                const T *all = (const T*)p.packed, *packed = all + panel * size, *wanted = all + next * size;
+                Coming coming{(const char*)wanted, (const char*)(wanted + size), lines};
+                for (int64_t row = begin; row < end; row += MOST_ROWS) {
+                    last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed, coming);
+                    coming.from += ceil_div(size * (int64_t)sizeof(T), PIECE) * lines * LINE;
+                }
             });
         });
     }
@@ -217,11 +244,6 @@ constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory b
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
 constexpr int64_t MOST_MANY = 512;    // rows at a time
 constexpr int64_t FEW_ROWS = 64;      // up to which weights take longer from memory than products
-constexpr int64_t LINE = 64;
-
-INLINE void prefetch(const char* from, int64_t num_lines) {
-    for (int64_t line = 0; line < num_lines; ++line) call_line(from + line * LINE);
-}
 
 // Steps of a panel, whose sums [32][32] begin at zero or where they were left.
 template <bool HAS_LOWER, class BeforeStep>
