@@ -18,6 +18,7 @@ from worker.engine.scheduler import Scheduler, limits_of
 from worker.engine.stats import EngineStats
 from worker.engine_client import engine_environment
 from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, TokenRun
+from worker.torch_import import import_torch
 
 if TYPE_CHECKING:
     from worker.runner.torch_device import TorchDevice
@@ -59,6 +60,7 @@ class OfflineEngine:
     def __init__(self, settings: WorkerSettings, loaded: tuple[TorchDevice, Ready] | None = None) -> None:
         wait_as_workers_do(settings.threads, settings.ranks_per_node)
         # not above: torch is to find that environment
+        import_torch()
         from worker.runner.load import load_device
 
         self.device, self.ready = loaded or load_device(settings, lambda phase, done, total: None)

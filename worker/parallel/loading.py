@@ -9,6 +9,7 @@ from worker.engine.device import Device
 from worker.engine_client import threads_per_rank
 from worker.parallel.group import Meeting
 from worker.pipe import Ready
+from worker.torch_import import import_torch
 
 OnProgress = Callable[[str, int, int], None]
 LoadDevice = Callable[[WorkerSettings, OnProgress, Meeting], tuple[Device, Ready]]
@@ -23,6 +24,7 @@ def load_torch_device(settings: WorkerSettings, on_progress: OnProgress, meeting
         RankLost: another rank could not.
     """
     # Imported here: torch takes seconds, and the first sign of life should not wait for it.
+    import_torch()
     from worker.parallel.torch_group import join
     from worker.runner.load import load_device
 
