@@ -10,7 +10,7 @@ over rounds, each with a system prompt of its own, of tenth turn by prompt witho
 What a tenth turn costs beyond that is shown beside it: the tokens behind the last whole block, the attention over the
 history, and the search in the prefix cache, which is measured without a model. The roofline (ops/bench/roofline.py)
 shows what of it no kernel could avoid. `--http` does the same over HTTP, with
-gateway, Redis and worker on the same machine and prompts of text, which the gateway tokenises anew in every turn.
+gateway, Redis and worker on the same machine and a chat of messages, whose template adds a token to each of them.
 
 `--short` is a dry run of seconds on a tiny model.
 """
@@ -97,8 +97,15 @@ class Round:
         return self.turns[-1].ttft_ms / self.alone[-1].ttft_ms
 
 
-Ask = Callable[[list[int], int], tuple[Probe, list[int]]]
-"""Puts a prompt and the number of tokens wanted to a server or an engine; how that went, and the answer."""
+Chat = list[tuple[str, list[int]]]
+"""Roles and tokens of messages."""
+
+Ask = Callable[[Chat, int], tuple[Probe, list[int]]]
+"""Puts a chat and the number of tokens wanted to a server or an engine; how that went, and the answer."""
+
+
+def ids_of(chat: Chat) -> list[int]:
+    return [token_id for _, ids in chat for token_id in ids]
 
 
 def hold_chat(ask: Ask, sizes: Sizes, number: int) -> Round:
@@ -108,18 +115,18 @@ def hold_chat(ask: Ask, sizes: Sizes, number: int) -> Round:
     def fresh(count: int) -> list[int]:
         return rng.choices(range(sizes.config["vocab_size"]), k=count)
 
-    history = fresh(sizes.num_system + number * SHIFT)
+    history = [("system", fresh(sizes.num_system + number * SHIFT))]
     for turn in range(sizes.num_turns):
-        history += fresh(sizes.num_new)
+        history.append(("user", fresh(sizes.num_new)))
         for is_turn in (turn % 2 == number % 2, turn % 2 != number % 2):
             if is_turn:
                 probe, answer = ask(history, sizes.num_answer)
                 found.turns.append(probe)
             else:
-                found.alone.append(ask(fresh(sizes.num_new), sizes.num_answer)[0])
-        history += answer
+                found.alone.append(ask([("user", fresh(sizes.num_new))], sizes.num_answer)[0])
+        history.append(("assistant", answer))
     if count := found.turns[-1].num_computed:
-        found.equal, _ = ask(fresh(count), sizes.num_answer)
+        found.equal, _ = ask([("user", fresh(count))], sizes.num_answer)
     return found
 
 
@@ -129,8 +136,9 @@ def hold_chat(ask: Ask, sizes: Sizes, number: int) -> Round:
 def asker_of(engine: OfflineEngine) -> Ask:
     numbers = itertools.count()
 
-    def ask(prompt: list[int], num_wanted: int) -> tuple[Probe, list[int]]:
-        asked = submit(str(next(numbers)), array(IDS, prompt), num_wanted, {"ignore_eos": True})
+    def ask(chat: Chat, num_wanted: int) -> tuple[Probe, list[int]]:
+        prompt = array(IDS, ids_of(chat))
+        asked = submit(str(next(numbers)), prompt, num_wanted, {"ignore_eos": True})
         before, answer, is_over = engine.stats.prefill_tokens, list[int](), False
         started = time.perf_counter()
         engine.send(asked)
@@ -164,46 +172,62 @@ def in_process(folder: Path, sizes: Sizes, rounds: int) -> tuple[list[Round], Ma
 # Over HTTP.
 
 
-def write_words(folder: Path, vocab_size: int) -> None:
-    """A tokenizer for which every token is a word, so that a text has the tokens one wants and every token is seen."""
-    from tokenizers import Tokenizer
+ROLES = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+TEMPLATE = "{% for each in messages %}<|{{ each.role }}|>{{ each.content }}{% endfor %}<|assistant|>"
+
+
+def words_of(vocab_size: int) -> list[str]:
+    """By token id."""
+    return [*ROLES, *(f"w{number}" for number in range(len(ROLES), vocab_size))]
+
+
+def write_words(folder: Path, words: list[str]) -> None:
+    """A tokenizer for which every token is a word, so that a text has the tokens one wants and every token is seen; and
+    a template for chats."""
+    from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[-1]))
     tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def over_http(folder: Path, sizes: Sizes, rounds: int) -> list[Round]:
-    write_words(folder, sizes.config["vocab_size"])
-    words = ["ops.cli", "worker", "--model-id", str(folder), "--load-format", "dummy", "--dtype", "bfloat16"]
-    words += ["--kv-tokens", str(4 * sizes.num_total(rounds)), "--threads", str(sizes.threads)]
-    with running_fleet(folder, words) as fleet, connected(fleet.port) as ask:
+    words = words_of(sizes.config["vocab_size"])
+    write_words(folder, words)
+    worker = ["ops.cli", "worker", "--model-id", str(folder), "--load-format", "dummy", "--dtype", "bfloat16"]
+    worker += ["--kv-tokens", str(4 * sizes.num_total(rounds)), "--threads", str(sizes.threads)]
+    with running_fleet(folder, worker) as fleet, connected(fleet.port, words) as ask:
         return [hold_chat(ask, sizes, number) for number in range(rounds + 1)][1:]
 
 
 @contextmanager
-def connected(port: int) -> Iterator[Ask]:
+def connected(port: int, words: list[str]) -> Iterator[Ask]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    numbers = {word: number for number, word in enumerate(words)}
 
-    def ask(prompt: list[int], num_wanted: int) -> tuple[Probe, list[int]]:
-        fields = {"prompt": " ".join(f"w{number}" for number in prompt), "max_tokens": num_wanted, "temperature": 0}
+    def ask(chat: Chat, num_wanted: int) -> tuple[Probe, list[int]]:
+        messages = [{"role": role, "content": " ".join(words[token_id] for token_id in ids)} for role, ids in chat]
+        fields = {"messages": messages, "max_tokens": num_wanted, "temperature": 0}
         body = json.dumps(fields | {"ignore_eos": True, "stream": True})
         started, text = time.perf_counter(), ""
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
         response = connection.getresponse()
         for line in response:
             event = json.loads(line[6:]) if line.startswith(b"data: {") else {"choices": []}
             if "error" in event:
                 raise RuntimeError(event["error"])
-            if event["choices"] and not text:
+            piece = "".join(choice["delta"].get("content", "") for choice in event["choices"])
+            if piece and not text:
                 ttft_ms = 1e3 * (time.perf_counter() - started)
-            text += "".join(choice["text"] for choice in event["choices"])
-        answer = [int(word[1:]) for word in text.split()]
+            text += piece
+        answer = [numbers[word] for word in text.split()]
         if response.status != http.client.OK or len(answer) != num_wanted:
             raise RuntimeError(f"HTTP {response.status} and {len(answer)} tokens instead of {num_wanted}")
-        return Probe(len(prompt), ttft_ms), answer
+        return Probe(len(ids_of(chat)), ttft_ms), answer
 
     try:
         yield ask
