@@ -55,6 +55,7 @@ from worker.search import Search
 BEATS_PER_LEASE = 5
 RECONCILE_S = 10.0
 WINDOW_S, WINDOW_PER_JOB_S, LONGEST_WINDOW_S = 0.004, 0.00125, 0.03
+LONG_STEP_S = 0.01
 IDLE_WAIT_S = 2.0
 SUSPECT_WAIT_S = 0.2
 RETRY_S = 0.1
@@ -389,10 +390,12 @@ class Agent:
     @property
     def _until_due(self) -> float:
         """Seconds until everything goes out that is not urgent. What a call costs all processes is worth waiting for
-        another step of the engine, the longer the more jobs there are, but not for one that would come too late."""
+        another step of the engine, the longer the more jobs there are, but not for one that would come too late, nor for
+        a long one: two of those together are a pause that readers see."""
         window = min(WINDOW_S + WINDOW_PER_JOB_S * len(self._jobs), LONGEST_WINDOW_S)
         due = self._last_whole_call + window
-        is_last_step = self._last_engine_step + self._stats.get("step_ms", 0.0) / 1000 > due
+        step = self._stats.get("step_ms", 0.0) / 1000
+        is_last_step = step >= LONG_STEP_S or self._last_engine_step + step > due
         return 0.0 if is_last_step or self._has_business else max(0.0, due - self._clock())
 
     def _until_beat(self) -> float:
