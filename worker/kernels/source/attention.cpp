@@ -207,53 +207,6 @@ INLINE uints load_units(const uint32_t* from) {
 
 INLINE void store_units(uint32_t* to, uints units) { memcpy(to, &units, sizeof units); }
 
-// to[unit][row] = rows[row][unit]
-INLINE void transpose(const uint32_t* const* rows, int64_t first, uint32_t* to) {
-#ifdef __AVX512F__
-    __m512i a[TILE], b[TILE];
-    for (int row = 0; row < TILE; ++row) a[row] = _mm512_loadu_si512(rows[row] + first);
-    for (int row = 0; row < TILE; row += 2) {
-        b[row] = _mm512_unpacklo_epi32(a[row], a[row + 1]);
-        b[row + 1] = _mm512_unpackhi_epi32(a[row], a[row + 1]);
-    }
-    for (int row = 0; row < TILE; row += 4)
-        for (int half = 0; half < 2; ++half) {
-            a[row + 2 * half] = _mm512_unpacklo_epi64(b[row + half], b[row + half + 2]);
-            a[row + 2 * half + 1] = _mm512_unpackhi_epi64(b[row + half], b[row + half + 2]);
-        }
-    for (int unit = 0; unit < 4; ++unit) {
-        __m512i upper_even = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0x88);
-        __m512i upper_odd = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0xdd);
-        __m512i lower_even = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0x88);
-        __m512i lower_odd = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0xdd);
-        _mm512_storeu_si512(to + unit * TILE, _mm512_shuffle_i32x4(upper_even, lower_even, 0x88));
-        _mm512_storeu_si512(to + (unit + 4) * TILE, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0x88));
-        _mm512_storeu_si512(to + (unit + 8) * TILE, _mm512_shuffle_i32x4(upper_even, lower_even, 0xdd));
-        _mm512_storeu_si512(to + (unit + 12) * TILE, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0xdd));
-    }
-#else
-    for (int row = 0; row < TILE; row += 8)
-        for (int unit = 0; unit < TILE; unit += 8) {
-            __m256 a[8], b[8];
-            for (int at = 0; at < 8; ++at) a[at] = _mm256_loadu_ps((const float*)(rows[row + at] + first + unit));
-            for (int at = 0; at < 8; at += 2) {
-                b[at] = _mm256_unpacklo_ps(a[at], a[at + 1]);
-                b[at + 1] = _mm256_unpackhi_ps(a[at], a[at + 1]);
-            }
-            for (int at = 0; at < 8; at += 4)
-                for (int half = 0; half < 2; ++half) {
-                    a[at + 2 * half] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0x44);
-                    a[at + 2 * half + 1] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0xee);
-                }
-            for (int at = 0; at < 4; ++at) {
-                float* place = (float*)to + (unit + at) * TILE + row;
-                _mm256_storeu_ps(place, _mm256_permute2f128_ps(a[at], a[at + 4], 0x20));
-                _mm256_storeu_ps(place + 4 * TILE, _mm256_permute2f128_ps(a[at], a[at + 4], 0x31));
-            }
-        }
-#endif
-}
-
 // Values of neighbouring tokens, `rows`, from element `first` on.
 INLINE uints unit_of(const float* const* rows, int64_t first) { return (uints)load(rows[0] + first); }
 
@@ -687,6 +640,8 @@ struct Coming {
     const Places& places;
     int64_t part, num_parts, size;
 
+    Coming part_of(int64_t at, int64_t count) const { return {places, part * count + at, num_parts * count, size}; }
+
     void call_some(const Call& call, int64_t at, int64_t count) const {
         int64_t steps = count * num_parts, step = part * count + at;
         prefetch(call, places, step * BLOCK / steps, (step + 1) * BLOCK / steps, size);
@@ -857,10 +812,10 @@ INLINE void hide_turned(const Row* rows, int64_t num_rows, int64_t first_key, in
 }
 
 // The same for scores [keys][16 rows] and weights [units][16 rows], where scores are nothing but products; bit for bit.
-template <class E>
-void soften_turned(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
-                                             int64_t num_groups, float* scores, uint32_t* weights, const State& state,
-                                             int64_t columns) {
+// `before_part` is called before each of TILE / 2 parts.
+template <class E, class BeforePart>
+void soften_turned(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key, int64_t num_groups,
+                   float* scores, uint32_t* weights, const State& state, int64_t columns, const BeforePart& before_part) {
     const floats scale = all((float)(layer.scale * LOG2_E));
     int64_t num_keys = num_groups * LANES;
     // positions ascend with rows
@@ -874,6 +829,7 @@ void soften_turned(const Layer& layer, const Row* rows, int64_t num_rows, int64_
     store(state.largest, after);
     floats shift = finite_or_zero(after), factors = exp2<6>(before - shift);
     for (int64_t unit = 0; unit < TILE / 2; ++unit) {
+        before_part(unit);
         floats even = all(0.0f), odd = all(0.0f);
         for (int64_t group = 0; group < num_groups; ++group) {
             const float* from = scores + (group * LANES + 2 * unit) * TILE;
@@ -1026,13 +982,14 @@ KeysInPlace find_keys(const Call& call, const Places& places, int64_t offset, Wa
 
 template <class E>
 void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int64_t first_key, int64_t num_keys,
-              const uint32_t* queries, const KeysInPlace& keys, const State& state, Scratch<E>& own) {
+              const uint32_t* queries, const KeysInPlace& keys, const Coming& coming, const State& state, Scratch<E>& own) {
     int64_t num_groups = ceil_div(num_keys, LANES);
 #ifdef __AMX_BF16__
     if constexpr (E::TURNS)
         if (way == TURNED) {
             E::score_turned(queries, keys.groups, keys.stride, own.num_units, num_groups, own.scores);
-            soften_turned<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, own.weights, state, own.columns);
+            soften_turned<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, own.weights, state, own.columns,
+                             [&](int64_t part) { coming.call_some(call, part, TILE / 2); });
             return E::weigh_turned(own.weights, own.values, num_keys, state.sums, own.columns);
         }
 #endif
@@ -1054,10 +1011,13 @@ void run_block(const Call& call, Way way, int64_t first_key, int64_t base, int64
         const Row* rows = own.rows.data() + first;
         // positions ascend with rows
         int64_t end = std::min<int64_t>(rows[count - 1].high - first_key, num_seen);
-        if (way != IN_PLACE) coming.call_some(call, (first - base) / TILE, ceil_div(num_rows, TILE));
-        if (end <= 0 || rows[0].low >= first_key + BLOCK) continue;
+        const Coming share = coming.part_of((first - base) / TILE, ceil_div(num_rows, TILE));
+        bool is_seen = end > 0 && rows[0].low < first_key + BLOCK;
+        // lines that are called one after the other wait for each other: where there is time they come in between
+        if (way == STRAIGHT || (way == TURNED && !is_seen)) share.call_some(call, 0, 1);
+        if (!is_seen) continue;
         const uint32_t* queries = own.queries + first * own.num_units;
-        run_tile(call, way, rows, count, first_key, end, queries, keys, own.state.from_row(first, own.columns), own);
+        run_tile(call, way, rows, count, first_key, end, queries, keys, share, own.state.from_row(first, own.columns), own);
     }
 }
 

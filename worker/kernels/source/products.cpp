@@ -19,7 +19,6 @@
 #include "scratch.h"
 
 #include <algorithm>
-#include <sys/mman.h>
 
 namespace {
 
@@ -427,14 +426,40 @@ int64_t place_of(const bf16*, int64_t column, int64_t at) {
     return step * STEP_ELEMENTS + column / TILE * TILE * STEP + within / 2 * STEP + column % TILE * 2 + within % 2;
 }
 
+// Where there are whole rows for 16 columns they are turned in blocks of 16 x 16 units of 32 bits; what is left is the
+// first element of k that is not there yet.
+template <class T>
+int64_t pack_blocks(const Matrix& matrix, int64_t panel, int64_t column, const T* from, int64_t stride, T* own) {
+    constexpr int64_t SIZE = TILE * sizeof(float) / sizeof(T);
+    const uint32_t* rows[TILE];
+    for (int64_t at = 0; at < TILE; ++at) {
+        int64_t row = matrix.row_at(panel, column + at);
+        if (row < 0) return 0;
+        rows[at] = (const uint32_t*)(from + row * stride);
+    }
+    int64_t num_blocks = matrix.k / SIZE;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+        alignas(64) uint32_t turned[TILE * TILE];
+        transpose(rows, block * TILE, turned);
+        for (int64_t unit = 0; unit < TILE; ++unit) {
+            T* to = own + place_of(own, column, block * SIZE + unit * SIZE / TILE);
+            memcpy(to, turned + unit * TILE, TILE * sizeof(uint32_t));
+        }
+    }
+    return num_blocks * SIZE;
+}
+
 template <class T>
 void pack(const Matrix& matrix, const T* from, int64_t stride, T* to) {
     for_each_in_parallel(matrix.num_panels(), [&](int64_t panel) {
         T* own = to + panel * panel_elements<T>(matrix.k);
         memset(own, 0, panel_elements<T>(matrix.k) * sizeof(T));
-        for (int64_t column = 0; column < PANEL; ++column) {
-            int64_t row = matrix.row_at(panel, column);
-            for (int64_t at = 0; row >= 0 && at < matrix.k; ++at) own[place_of(own, column, at)] = from[row * stride + at];
+        for (int64_t first = 0; first < PANEL; first += TILE) {
+            int64_t done = pack_blocks(matrix, panel, first, from, stride, own);
+            for (int64_t column = first; column < first + TILE; ++column) {
+                int64_t row = matrix.row_at(panel, column);
+                for (int64_t at = done; row >= 0 && at < matrix.k; ++at) own[place_of(own, column, at)] = from[row * stride + at];
+            }
         }
     });
 }
@@ -452,14 +477,6 @@ void unpack_rows(const Matrix& matrix, const int64_t* rows, int64_t count, T* ou
 
 EXPORT int64_t inferfleet_packed_elements_f32(const Matrix* matrix) { return matrix->num_panels() * panel_elements<float>(matrix->k); }
 EXPORT int64_t inferfleet_packed_elements_bf16(const Matrix* matrix) { return matrix->num_panels() * panel_elements<bf16>(matrix->k); }
-
-// Ask for large pages, where the system gives them to those who ask: what is read from end to end in every step should not
-// be looked up every 4 KB.
-EXPORT void inferfleet_prefer_large_pages(char* memory, int64_t size) {
-    constexpr uintptr_t LARGE = 2 << 20;
-    uintptr_t first = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE, end = ((uintptr_t)memory + size) / LARGE * LARGE;
-    if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
-}
 
 // From rows that are `stride` elements apart to what `packed` of a matrix points to.
 EXPORT void inferfleet_pack_f32(const Matrix* matrix, const float* from, int64_t stride, float* to) { pack(*matrix, from, stride, to); }

@@ -32,7 +32,14 @@ INLINE void call_line(const void* from) { asm volatile("prefetcht1 %0" ::"m"(*(c
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-INLINE floats all(float value) { return floats{} + value; }
+// The compiler would add the value to zero.
+INLINE floats all(float value) {
+#ifdef __AVX512F__
+    return (floats)_mm512_set1_ps(value);
+#else
+    return floats{} + value;
+#endif
+}
 
 INLINE floats load(const float* from) {
     floats found;
@@ -119,4 +126,51 @@ INLINE float largest(floats value) {
         for (int lane = 0; lane < width; ++lane)
             if (lanes[lane + width] > lanes[lane]) lanes[lane] = lanes[lane + width];
     return lanes[0];
+}
+
+// Units of 32 bits, to[unit][row] = rows[row][first + unit].
+INLINE void transpose(const uint32_t* const* rows, int64_t first, uint32_t* to) {
+#ifdef __AVX512F__
+    __m512i a[LANES], b[LANES];
+    for (int row = 0; row < LANES; ++row) a[row] = _mm512_loadu_si512(rows[row] + first);
+    for (int row = 0; row < LANES; row += 2) {
+        b[row] = _mm512_unpacklo_epi32(a[row], a[row + 1]);
+        b[row + 1] = _mm512_unpackhi_epi32(a[row], a[row + 1]);
+    }
+    for (int row = 0; row < LANES; row += 4)
+        for (int half = 0; half < 2; ++half) {
+            a[row + 2 * half] = _mm512_unpacklo_epi64(b[row + half], b[row + half + 2]);
+            a[row + 2 * half + 1] = _mm512_unpackhi_epi64(b[row + half], b[row + half + 2]);
+        }
+    for (int unit = 0; unit < 4; ++unit) {
+        __m512i upper_even = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0x88);
+        __m512i upper_odd = _mm512_shuffle_i32x4(a[unit], a[unit + 4], 0xdd);
+        __m512i lower_even = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0x88);
+        __m512i lower_odd = _mm512_shuffle_i32x4(a[unit + 8], a[unit + 12], 0xdd);
+        _mm512_storeu_si512(to + unit * LANES, _mm512_shuffle_i32x4(upper_even, lower_even, 0x88));
+        _mm512_storeu_si512(to + (unit + 4) * LANES, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0x88));
+        _mm512_storeu_si512(to + (unit + 8) * LANES, _mm512_shuffle_i32x4(upper_even, lower_even, 0xdd));
+        _mm512_storeu_si512(to + (unit + 12) * LANES, _mm512_shuffle_i32x4(upper_odd, lower_odd, 0xdd));
+    }
+#else
+    for (int row = 0; row < LANES; row += 8)
+        for (int unit = 0; unit < LANES; unit += 8) {
+            __m256 a[8], b[8];
+            for (int at = 0; at < 8; ++at) a[at] = _mm256_loadu_ps((const float*)(rows[row + at] + first + unit));
+            for (int at = 0; at < 8; at += 2) {
+                b[at] = _mm256_unpacklo_ps(a[at], a[at + 1]);
+                b[at + 1] = _mm256_unpackhi_ps(a[at], a[at + 1]);
+            }
+            for (int at = 0; at < 8; at += 4)
+                for (int half = 0; half < 2; ++half) {
+                    a[at + 2 * half] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0x44);
+                    a[at + 2 * half + 1] = _mm256_shuffle_ps(b[at + half], b[at + half + 2], 0xee);
+                }
+            for (int at = 0; at < 4; ++at) {
+                float* place = (float*)to + (unit + at) * LANES + row;
+                _mm256_storeu_ps(place, _mm256_permute2f128_ps(a[at], a[at + 4], 0x20));
+                _mm256_storeu_ps(place + 4 * LANES, _mm256_permute2f128_ps(a[at], a[at + 4], 0x31));
+            }
+        }
+#endif
 }
