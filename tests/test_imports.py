@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import configparser
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from importlinter.cli import EXIT_STATUS_ERROR, EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def other_logs_go_on() -> Iterator[None]:
+    """The linter turns off every logger but its own."""
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    before = [each.disabled for each in loggers]
+    yield
+    for logger, was_disabled in zip(loggers, before, strict=True):
+        logger.disabled = was_disabled
 
 
 def test_import_contracts_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ namespace {
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SEGMENT = 512;
 constexpr int64_t GROUPS = BLOCK / LANES;
+constexpr int64_t LINE = 64;  // bytes
 constexpr int64_t UNITS = TILE * TILE;
 constexpr int64_t MOST_ROWS = 256;        // of an item: what is laid out of keys and values serves so many
 constexpr int64_t MOST_SPLIT_ROWS = 64;   // of an item whose segments may go to different threads
@@ -311,8 +312,9 @@ struct WithVectors : E {
     }
 
     // sums [rows][columns] = sums * factors + weights * values of the first `num_keys`
+    template <class Between>
     static void weigh(const uint32_t* weights, const uint32_t* values, int64_t num_keys, int64_t num_rows,
-                      const float* factors, float* sums, int64_t columns) {
+                      const float* factors, float* sums, int64_t columns, const Between&) {
         int64_t num_units = ceil_div(num_keys, E::PER_UNIT);
         in_pieces<ROWS_AT_ONCE, VECTORS_AT_ONCE>(num_rows, columns / LANES, [&](auto rows, auto vectors, int64_t row, int64_t at) {
             some_sums<E, rows.value, vectors.value>(weights + row * TILE, values + at * UNITS, num_units, factors + row,
@@ -321,7 +323,8 @@ struct WithVectors : E {
     }
 
     static constexpr bool TURNS = false;
-    static void score_in_place(const uint32_t*, const char* const*, int64_t, int64_t, int64_t, int64_t, float*) {}
+    template <class Between>
+    static void score_in_place(const uint32_t*, const char* const*, int64_t, int64_t, int64_t, int64_t, float*, const Between&) {}
 
     static void begin() {}
     static void end() {}
@@ -344,23 +347,28 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0 to 3 hold sums, 4 is left and 5 to 7 are right.
-template <int TILES>
-INLINE void add_tiles(const uint32_t* left, const uint32_t* right, int64_t right_stride, int64_t num_blocks) {
+template <int TILES, class Between>
+INLINE void add_tiles(const uint32_t* left, const uint32_t* right, int64_t right_stride, int64_t num_blocks,
+                      const Between& between) {
     for (int64_t block = 0; block < num_blocks; ++block, left += UNITS, right += right_stride) {
         LOAD_TILE(4, left, 64);
         LOAD_TILE(5, right, 64);
         _tile_dpbf16ps(0, 4, 5);
+        between();
         if constexpr (TILES > 1) {
             LOAD_TILE(6, right + UNITS, 64);
             _tile_dpbf16ps(1, 4, 6);
+            between();
         }
         if constexpr (TILES > 2) {
             LOAD_TILE(7, right + 2 * UNITS, 64);
             _tile_dpbf16ps(2, 4, 7);
+            between();
         }
         if constexpr (TILES > 3) {
             LOAD_TILE(5, right + 3 * UNITS, 64);
             _tile_dpbf16ps(3, 4, 5);
+            between();
         }
     }
 }
@@ -427,25 +435,30 @@ struct WithTiles : Pairs {
 
     // scores [groups][16 keys][16 rows] of keys that are `stride` bytes apart in every group; queries [head / 16 units]
     // [16 units][16 rows]
+    template <class Between>
     static void score_turned(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
-                             int64_t num_groups, float* scores) {
+                             int64_t num_groups, float* scores, const Between& between) {
         in_tiles(num_groups, [&](auto tiles, int64_t at) {
             clear_tiles<tiles.value>();
             for (int64_t unit = 0; unit < num_units; unit += TILE) {
                 LOAD_TILE(4, queries + unit * TILE, 64);
                 LOAD_TILE(5, keys[at] + unit * 4, stride);
                 _tile_dpbf16ps(0, 5, 4);
+                between();
                 if constexpr (tiles.value > 1) {
                     LOAD_TILE(6, keys[at + 1] + unit * 4, stride);
                     _tile_dpbf16ps(1, 6, 4);
+                    between();
                 }
                 if constexpr (tiles.value > 2) {
                     LOAD_TILE(7, keys[at + 2] + unit * 4, stride);
                     _tile_dpbf16ps(2, 7, 4);
+                    between();
                 }
                 if constexpr (tiles.value > 3) {
                     LOAD_TILE(5, keys[at + 3] + unit * 4, stride);
                     _tile_dpbf16ps(3, 5, 4);
+                    between();
                 }
             }
             STORE_TILE(0, scores + at * UNITS, 64);
@@ -456,10 +469,11 @@ struct WithTiles : Pairs {
     }
 
     // the same as [groups][16 rows][16 keys], the first rows of each
+    template <class Between>
     static void score_in_place(const uint32_t* queries, const char* const* keys, int64_t stride, int64_t num_units,
-                               int64_t num_rows, int64_t num_groups, float* scores) {
+                               int64_t num_rows, int64_t num_groups, float* scores, const Between& between) {
         alignas(64) float turned[TILE * BLOCK];
-        score_turned(queries, keys, stride, num_units, num_groups, turned);
+        score_turned(queries, keys, stride, num_units, num_groups, turned, between);
         for (int64_t group = 0; group < num_groups; ++group)
             turn_scores(turned + group * UNITS, num_rows, scores + group * UNITS);
     }
@@ -468,13 +482,14 @@ struct WithTiles : Pairs {
                       float* scores) {
         in_tiles(num_groups, [&](auto tiles, int64_t at) {
             clear_tiles<tiles.value>();
-            add_tiles<tiles.value>(queries, keys + at * UNITS, GROUPS * UNITS, num_units / TILE);
+            add_tiles<tiles.value>(queries, keys + at * UNITS, GROUPS * UNITS, num_units / TILE, [] {});
             store_tiles<tiles.value>(scores + at * LANES, BLOCK * sizeof(float));
         });
     }
 
+    template <class Between>
     static void weigh(const uint32_t* weights, const uint32_t* values, int64_t num_keys, int64_t num_rows,
-                      const float* factors, float* sums, int64_t columns) {
+                      const float* factors, float* sums, int64_t columns, const Between& between) {
         for (int64_t row = 0; row < num_rows; ++row)
             for (int64_t column = 0; column < columns; column += LANES) {
                 float* place = sums + row * columns + column;
@@ -482,7 +497,8 @@ struct WithTiles : Pairs {
             }
         in_tiles(columns / LANES, [&](auto tiles, int64_t at) {
             load_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
-            add_tiles<tiles.value>(weights, values + at * UNITS, columns / LANES * UNITS, ceil_div(num_keys, 2 * TILE));
+            add_tiles<tiles.value>(weights, values + at * UNITS, columns / LANES * UNITS, ceil_div(num_keys, 2 * TILE),
+                                   between);
             store_tiles<tiles.value>(sums + at * LANES, columns * sizeof(float));
         });
     }
@@ -626,25 +642,31 @@ struct Scratch {
     }
 };
 
-// Call from memory the keys and values of some tokens for heads that take `size` bytes together.
-void prefetch(const Call& call, const Places& places, int64_t first, int64_t end, int64_t size) {
-    end = std::min(end, places.count);
-    for (int64_t key = first; key < end; ++key) {
-        const char *keys = call.keys + places.at[key], *values = call.values + places.at[key];
-        for (int64_t line = 0; line < size; line += 64) call_line(keys + line), call_line(values + line);
-    }
-}
-
-// What is to be called while one head is at work: the share of the `part`-th of so many heads.
-struct Coming {
+// What is called from memory while one head is at work, a little at every turn: a core waits for few lines at a time, and
+// those called in one go wait for each other. Of a block's tokens it is the `part`-th of so many shares, for heads that take
+// `size` bytes together.
+class Coming {
+    const char *keys, *values;
     const Places& places;
-    int64_t part, num_parts, size;
+    int64_t token, end, size, line = 0, lines_at_once;
 
-    Coming part_of(int64_t at, int64_t count) const { return {places, part * count + at, num_parts * count, size}; }
+  public:
+    Coming(const Call& call, const Places& places, int64_t part, int64_t num_parts, int64_t size, int64_t num_turns)
+        : keys(call.keys), values(call.values), places(places), token(part * BLOCK / num_parts),
+          end((part + 1) * BLOCK / num_parts), size(size),
+          lines_at_once(ceil_div((end - token) * ceil_div(size, LINE), num_turns)) {
+        end = std::min(end, places.count);
+    }
 
-    void call_some(const Call& call, int64_t at, int64_t count) const {
-        int64_t steps = count * num_parts, step = part * count + at;
-        prefetch(call, places, step * BLOCK / steps, (step + 1) * BLOCK / steps, size);
+    INLINE void call_some() {
+        for (int64_t left = lines_at_once; left > 0 && token < end; --left) {
+            call_line(keys + places.at[token] + line), call_line(values + places.at[token] + line);
+            if ((line += LINE) >= size) line = 0, ++token;
+        }
+    }
+
+    void call_rest() {
+        while (token < end) call_some();
     }
 };
 
@@ -689,7 +711,7 @@ void lay_out_keys(const typename E::Element* const* rows, int64_t num_groups, Wa
 
 // Lay out a block's keys and values of one head, `offset` bytes behind the first one's.
 template <class E>
-void lay_out(const Call& call, const Places& places, int64_t offset, const Coming& coming, Way way, Scratch<E>& own) {
+void lay_out(const Call& call, const Places& places, int64_t offset, Coming& coming, Way way, Scratch<E>& own) {
     const typename E::Element* rows[BLOCK];
     int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
     if (way != IN_PLACE) {
@@ -700,7 +722,7 @@ void lay_out(const Call& call, const Places& places, int64_t offset, const Comin
     int64_t num_columns = own.columns / LANES;
     constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
     for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {
-        if (way == IN_PLACE) coming.call_some(call, unit, MOST_UNITS);
+        if (way == IN_PLACE) coming.call_some();
         if (unit >= end / E::PER_UNIT) continue;
         uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
         store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
@@ -829,7 +851,7 @@ void soften_turned(const Layer& layer, const Row* rows, int64_t num_rows, int64_
     store(state.largest, after);
     floats shift = finite_or_zero(after), factors = exp2<6>(before - shift);
     for (int64_t unit = 0; unit < TILE / 2; ++unit) {
-        before_part(unit);
+        before_part();
         floats even = all(0.0f), odd = all(0.0f);
         for (int64_t group = 0; group < num_groups; ++group) {
             const float* from = scores + (group * LANES + 2 * unit) * TILE;
@@ -982,43 +1004,54 @@ KeysInPlace find_keys(const Call& call, const Places& places, int64_t offset, Wa
 
 template <class E>
 void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int64_t first_key, int64_t num_keys,
-              const uint32_t* queries, const KeysInPlace& keys, const Coming& coming, const State& state, Scratch<E>& own) {
+              const uint32_t* queries, const KeysInPlace& keys, Coming& coming, const State& state, Scratch<E>& own) {
     int64_t num_groups = ceil_div(num_keys, LANES);
 #ifdef __AMX_BF16__
     if constexpr (E::TURNS)
         if (way == TURNED) {
-            E::score_turned(queries, keys.groups, keys.stride, own.num_units, num_groups, own.scores);
+            E::score_turned(queries, keys.groups, keys.stride, own.num_units, num_groups, own.scores, [] {});
             soften_turned<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, own.weights, state, own.columns,
-                             [&](int64_t part) { coming.call_some(call, part, TILE / 2); });
+                             [&] { coming.call_some(); });
             return E::weigh_turned(own.weights, own.values, num_keys, state.sums, own.columns);
         }
 #endif
+    auto between = [&] {
+        if (way == IN_PLACE) coming.call_some();
+    };
     float factors[TILE];
     int64_t row_stride = way == IN_PLACE ? LANES : BLOCK, group_stride = way == IN_PLACE ? UNITS : LANES;
     if (way == IN_PLACE)
-        E::score_in_place(queries, keys.groups, keys.stride, own.num_units, num_rows, num_groups, own.scores);
+        E::score_in_place(queries, keys.groups, keys.stride, own.num_units, num_rows, num_groups, own.scores, between);
     else E::score(queries, own.keys, own.num_units, num_rows, num_groups, own.scores);
     soften<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
               factors);
-    E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns);
+    E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns, between);
 }
 
 template <class E>
 void run_block(const Call& call, Way way, int64_t first_key, int64_t base, int64_t num_rows, int64_t num_seen,
-               const KeysInPlace& keys, const Coming& coming, Scratch<E>& own) {
+               const KeysInPlace& keys, Coming& coming, Scratch<E>& own) {
     for (int64_t first = base; first < base + num_rows; first += TILE) {
         int64_t count = std::min(TILE, base + num_rows - first);
         const Row* rows = own.rows.data() + first;
         // positions ascend with rows
         int64_t end = std::min<int64_t>(rows[count - 1].high - first_key, num_seen);
-        const Coming share = coming.part_of((first - base) / TILE, ceil_div(num_rows, TILE));
         bool is_seen = end > 0 && rows[0].low < first_key + BLOCK;
-        // lines that are called one after the other wait for each other: where there is time they come in between
-        if (way == STRAIGHT || (way == TURNED && !is_seen)) share.call_some(call, 0, 1);
+        if (way == STRAIGHT) coming.call_some();
         if (!is_seen) continue;
         const uint32_t* queries = own.queries + first * own.num_units;
-        run_tile(call, way, rows, count, first_key, end, queries, keys, share, own.state.from_row(first, own.columns), own);
+        run_tile(call, way, rows, count, first_key, end, queries, keys, coming, own.state.from_row(first, own.columns), own);
     }
+    coming.call_rest();
+}
+
+// How often something is called from memory while one head is at work.
+template <class E>
+int64_t turns_of(Way way, int64_t num_tiles, const Scratch<E>& own) {
+    if (way == TURNED) return num_tiles * TILE / 2;
+    if (way == STRAIGHT) return num_tiles;
+    int64_t units = BLOCK / E::PER_UNIT;
+    return units + own.num_units / TILE * GROUPS + own.columns / LANES * units / TILE;
 }
 
 template <class E>
@@ -1059,7 +1092,7 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
             for (int64_t head = 0; head < item.num_heads; ++head) {
-                Coming coming{next, head, item.num_heads, item.num_heads * call.head_bytes};
+                Coming coming(call, next, head, item.num_heads, item.num_heads * call.head_bytes, turns_of(way, num_tiles, own));
                 int64_t offset = head * call.head_bytes;
                 lay_out(call, places, offset, coming, way, own);
                 KeysInPlace keys = find_keys(call, places, offset, way, own);
