@@ -390,8 +390,8 @@ class Agent:
     @property
     def _until_due(self) -> float:
         """Seconds until everything goes out that is not urgent. What a call costs all processes is worth waiting for
-        another step of the engine, the longer the more jobs there are, but not for one that would come too late, nor for
-        a long one: two of those together are a pause that readers see."""
+        another step of the engine, the longer the more jobs there are, but not for one that would come too late, nor
+        for a long one: two of those together are a pause that readers see."""
         window = min(WINDOW_S + WINDOW_PER_JOB_S * len(self._jobs), LONGEST_WINDOW_S)
         due = self._last_whole_call + window
         step = self._stats.get("step_ms", 0.0) / 1000

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.job import SamplingParams
 from common.settings import WorkerSettings
+from ops.bench.about import about, caption
 from worker.pipe import Submit
 
 if TYPE_CHECKING:
@@ -255,8 +256,10 @@ def of_editor(folder: Path, sizes: Sizes, lesson: Lesson, drafts: int, rounds: i
 
 
 def table_of_file(found: dict[str, Any]) -> str:
+    """Of what `--json` writes."""
     names = {each.name for each in fields(Result)}
-    return table([Result(**{name: row[name] for name in row if name in names}) for row in found["workloads"]])
+    results = [Result(**{name: row[name] for name in row if name in names}) for row in found["workloads"]]
+    return caption(found["about"]) + "\n\n" + table(results)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -302,6 +305,7 @@ def main(arguments: Sequence[str]) -> int:
         ]
     if options.json:
         found = {
+            "about": about(options.rounds),
             "drafts": options.drafts,
             "workloads": [asdict(result) | {"ratio": result.ratio} for result in results],
         }
