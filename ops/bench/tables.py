@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
-from ops.bench import lora, prefix, quant, scaling, serving_peers
+from ops.bench import long_prompts, lora, prefix, quant, scaling, serving_peers
 from ops.bench.peers import results
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -37,6 +37,7 @@ TABLES: dict[str, Table] = {
     "prefix": Table("prefix.json", prefix.table),
     "scaling": Table("scaling.json", scaling.table),
     "serving": Table("serving.json", serving_peers.table),
+    "long-prompts": Table("long_prompts.json", long_prompts.table),
 }
 
 PLOTS: dict[str, Table] = {
