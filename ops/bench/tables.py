@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
-from ops.bench import long_prompts, lora, prefix, quant, scaling, serving_peers
+from ops.bench import long_prompts, lora, prefix, quant, scaling, serving_peers, speculation
 from ops.bench.peers import results
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -38,6 +38,7 @@ TABLES: dict[str, Table] = {
     "scaling": Table("scaling.json", scaling.table),
     "serving": Table("serving.json", serving_peers.table),
     "long-prompts": Table("long_prompts.json", long_prompts.table),
+    "speculation": Table("speculation.json", speculation.table_of_file),
 }
 
 PLOTS: dict[str, Table] = {
