@@ -1,6 +1,6 @@
 # `make up` serves, `make test` tests; both set up what they need in .venv.
 .DEFAULT_GOAL := up
-.PHONY: up test lint bench soak clean
+.PHONY: up test test-triton lint bench soak clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check -q
@@ -17,9 +17,14 @@ test: .venv/stamp-test .venv/stamp-clients
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
 else
-	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%) --ignore=tests/triton
 	$(BIN)/python -m pytest -m "not soak" $(FLEETS)
 endif
+
+# GPU kernels on a CPU: what they compute in Triton's interpreter, then what its compiler makes of them
+test-triton: .venv/stamp-triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton --ignore=tests/triton/ahead $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/triton/ahead
 
 lint: .venv/stamp-test
 	$(BIN)/ruff check .
@@ -49,6 +54,10 @@ clean:
 
 .venv/stamp-test: pyproject.toml constraints.txt .venv/stamp-serve
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/stamp-triton: .venv/stamp-test
+	$(PIP) install -c constraints.txt -e '.[triton]'
 	touch $@
 
 # the official clients, each in an environment of its own as its users have it
