@@ -81,7 +81,7 @@ class Rows:
     def _move_in(self, init: RowInit) -> None:
         row = init.row
         self.counts.release(row)
-        self.parameters[row] = _parameters(init.params, len(init.prompt_ids))
+        self.parameters[row] = parameters_of(init.params, len(init.prompt_ids))
         self.stop_ids[row] = init.stop_ids.astype(np.int64)
         self.block_tables[row] = 0
         self.cross_tables[row, : len(init.cross_blocks)] = init.cross_blocks
@@ -158,7 +158,7 @@ def columns_of(ids: AnyInts, mine: range) -> Ints:
     return ids[is_among(ids, mine)].astype(np.int64) - mine.start
 
 
-def _parameters(params: SamplingParams, num_prompt: int) -> tuple[object, ...]:
+def parameters_of(params: SamplingParams, num_prompt: int) -> tuple[object, ...]:
     """In the order of PARAMETERS."""
     samples = params.do_sample and params.temperature > 0
     is_cut = params.top_k > 0 or params.top_p < 1 or params.typical_p < 1 or params.min_p > 0
