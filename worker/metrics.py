@@ -23,6 +23,7 @@ ENGINE_TOTALS = (
     "encoder_tokens",
     "draft_tokens",
     "accepted_tokens",
+    "steps_too_large",
 )
 
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import InferfleetError
 from common.job import Adapter, SamplingParams
 from worker.engine.adapters import NO_SLOT
 from worker.pipe import AdapterChecked
@@ -88,7 +89,8 @@ class StepPlan:
                   int32 [m] each: table[block_rows[i], block_offsets[i]] = block_ids[i]; a table only grows, and its
                   entries behind the ones set for the present request are garbage
     new_rows      requests that moved into a row
-    freed_rows    int32 [f], rows whose request left; they come back only with a RowInit
+    freed_rows    int32 [f], rows whose request left; they come back only with a RowInit. After a step that was too
+                  large some may be given once more, or never have been moved into
     """
 
     step: int
@@ -125,12 +127,18 @@ class StepResult:
     num_ids: Ints = field(default_factory=lambda: NO_IDS)
 
 
+class StepTooLarge(InferfleetError):
+    """The device had no memory for a step. It computes nothing any more when this is raised; what it holds of rows that
+    the step names, in or out, is garbage, and so are their pages from the step's tokens on."""
+
+
 class Device(Protocol):
     """Runs plans in the order given. `depth` is the number of launched steps whose results the host has not applied
     while it launches another: 0 where calls are synchronous (CPU), 1 on a GPU.
 
-    Any exception out of these methods ends the engine process: what concerns one row only belongs in
-    `StepResult.errors`.
+    Out of `forward` and `sample` may come StepTooLarge: that step is over, those before it can be collected, and the
+    next plan has the same number. Any other exception out of these methods ends the engine process: what concerns one
+    row only belongs in `StepResult.errors`.
     """
 
     @property

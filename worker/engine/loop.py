@@ -13,10 +13,14 @@ depth 2 two steps are pending while a third one is launched.
 
 State changes at two points only, both between launches: messages are taken at the beginning of a pass, results are
 applied once per pass. What a request held goes back when the last launched step that names it was applied.
+
+A step for which the device has no memory is taken back: all launched before it are applied, so that nothing is in
+flight, and its requests wait for their next step as if preempted.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +29,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from common.errors import InferfleetError
-from worker.engine.device import Device
+from worker.engine.device import Device, StepTooLarge
 from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Launch
 from worker.engine.request import end_without_token, request_of
@@ -36,6 +40,8 @@ MAX_UNCOMMITTED_STEPS = 64
 MAX_UNCOMMITTED_S = 2.0
 
 Inbox = SimpleQueue[Message | None]
+
+logger = logging.getLogger(__name__)
 
 
 class EngineStalled(InferfleetError):
@@ -119,18 +125,31 @@ class EngineLoop:
 
     def run_pass(self) -> None:
         """Launch a step, apply the one that is due."""
-        depth = self.device.depth
         launch = self._schedule()
         if launch is not None:
-            launched_at = self.clock()
-            self.device.forward(launch.plan)
-        if self._pending and (launch is None or len(self._pending) >= depth):
-            self._apply_oldest()
-        if launch is not None:
-            self._pending.append(Pending(launch, self.device.sample(launch.plan), launched_at))
-        if len(self._pending) > depth:
+            try:
+                self._launch(launch)
+            except StepTooLarge as error:
+                self._take_back(launch, error)
+        elif self._pending:
             self._apply_oldest()
         self._send_answers()
+
+    def _launch(self, launch: Launch) -> None:
+        depth, launched_at = self.device.depth, self.clock()
+        self.device.forward(launch.plan)
+        if self._pending and len(self._pending) >= depth:
+            self._apply_oldest()
+        self._pending.append(Pending(launch, self.device.sample(launch.plan), launched_at))
+        if len(self._pending) > depth:
+            self._apply_oldest()
+
+    def _take_back(self, launch: Launch, error: StepTooLarge) -> None:
+        while self._pending:
+            self._apply_oldest()
+        if not self.scheduler.take_back(launch):
+            raise error
+        logger.warning("step %d is tried again, smaller: %s", launch.plan.step, error)
 
     def _has_work(self) -> bool:
         return bool(self._pending) or (self.scheduler.has_requests and not self._uncommitted.is_full)

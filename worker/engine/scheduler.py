@@ -6,7 +6,7 @@ encoder-decoder model runs whole, in the step that admits its request, and for o
 
     add ──▶ waiting ──admit──▶ running ──finish, abort──▶ releasing ──last step applied──▶ row and blocks are free
                ▲                  │
-               └── last step applied ── releasing ◀──preempt
+               └── last step applied ── releasing ◀──preempt, step taken back
 
 `running` and `waiting` are sorted by arrival. The youngest running request is preempted when blocks run out, the oldest
 never: together with a pool larger than the longest request, somebody always gets to the end.
@@ -34,6 +34,9 @@ from worker.engine.stats import EngineStats
 from worker.pipe import Ready, TokenRun
 
 MAX_LOOKAHEAD = 32
+FEWEST_PROMPT_TOKENS = 32
+"""A step that is too large with fewer has too many rows."""
+STEPS_UNTIL_REGROWTH = 1000
 BY_ARRIVAL = attrgetter("arrival")
 
 
@@ -117,6 +120,9 @@ class Scheduler:
         self._last_launched = 0
         self._last_applied = 0
         self._last_arrival = 0
+        self._most_prompt_tokens = limits.max_batch_prefill_tokens
+        self._most_rows = limits.max_num_seqs
+        self._regrows_at = STEPS_UNTIL_REGROWTH
 
     @property
     def has_requests(self) -> bool:
@@ -196,7 +202,7 @@ class Scheduler:
 
         At most `prompt_budget` tokens are of prompts, unless a longer one is alone in the encoder.
         """
-        budget = min(prompt_budget, self.limits.max_batch_prefill_tokens)
+        budget = min(prompt_budget, self._most_prompt_tokens)
         builder = PlanBuilder(self._last_launched + 1, budget, self._freed_rows)
         drafts = self.speculator.drafts(self.running) if self.speculator else {}
         for request in list(self.running):
@@ -277,7 +283,9 @@ class Scheduler:
         if any(request.is_suspect for request in self.running):
             return
         for request in self._let_in():
-            if not self._free_rows or builder.prompt_budget < 1 or (request.is_suspect and builder.num_admitted):
+            if not self._free_rows or len(self.running) >= self._most_rows or builder.prompt_budget < 1:
+                return
+            if request.is_suspect and builder.num_admitted:
                 return
             if not builder.can_encode(len(request.encoder_ids)):
                 return
@@ -359,6 +367,8 @@ class Scheduler:
     def apply(self, launch: Launch, result: StepResult) -> list[TokenRun]:
         """Settle a launched step: keys and values written, tokens known, ends found. Returns what is new."""
         self._last_applied = launch.plan.step
+        if self._last_applied == self._regrows_at:
+            self._regrow()
         ids, logprobs, tops = result.ids.tolist(), result.logprobs.tolist(), result.top_tokens
         num_ids = iter(result.num_ids.tolist() or repeat(1))
         runs: list[TokenRun] = []
@@ -473,6 +483,44 @@ class Scheduler:
             self._freed_rows.append(residency.row)
             if not request.is_ended:
                 insort(self.waiting, request, key=BY_ARRIVAL)
+
+    # Taking a step back.
+
+    def take_back(self, launch: Launch) -> bool:
+        """Undo the last launched step, which the device could not run; all before it are applied. Steps have half as
+        much from now on of what it had most: tokens of prompts, or rows. False if it could not have been smaller.
+
+        Whoever took part leaves its row, whatever the device did to that, and comes back to those of its blocks that
+        are registered: no step has changed them since.
+        """
+        self.stats.steps_too_large += 1
+        if not self._shrink(launch):
+            return False
+        self._last_launched = self._last_applied
+        for entry in launch.entries:
+            self._land(entry)
+            entry.residency.last_step = self._last_applied
+            if not entry.residency.is_closed:
+                self.stats.preemptions += 1
+                self._leave(entry.request, entry.residency)
+        self._release_drained()
+        self._freed_rows = sorted({*self._freed_rows, *launch.plan.freed_rows.tolist()})
+        return True
+
+    def _shrink(self, launch: Launch) -> bool:
+        num_tokens, num_rows = min(launch.num_prompt_tokens, self._most_prompt_tokens), len(launch.entries)
+        if num_tokens > max(FEWEST_PROMPT_TOKENS, num_rows):
+            self._most_prompt_tokens = num_tokens // 2
+        else:
+            self._most_rows = num_rows // 2
+        self._regrows_at = self._last_applied + STEPS_UNTIL_REGROWTH
+        return self._most_rows > 0
+
+    def _regrow(self) -> None:
+        """Try twice as much: what took the memory may be gone."""
+        limits, self._regrows_at = self.limits, self._last_applied + STEPS_UNTIL_REGROWTH
+        self._most_prompt_tokens = min(2 * self._most_prompt_tokens, limits.max_batch_prefill_tokens)
+        self._most_rows = min(2 * self._most_rows, limits.max_num_seqs)
 
     # Small things.
 

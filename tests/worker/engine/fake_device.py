@@ -139,7 +139,7 @@ class FakeDevice:
         self.staged: deque[Staged] = deque()
         self.last_step = 0
         self.num_passes_beside_others = 0
-        self.num_rejected_blocks = 0
+        self.num_rejected_blocks = self.num_steps_lost = 0
 
     def forward(self, plan: StepPlan) -> None:
         self._check_shape(plan)
@@ -149,7 +149,8 @@ class FakeDevice:
         )
         for row in plan.freed_rows.tolist():
             require(not self._is_in_flight(row), f"row {row} was freed while in flight")
-            del self.rows[row]
+            require(row in self.rows or self.num_steps_lost, f"row {row} was freed twice")
+            self.rows.pop(row, None)
             self.tables[row] = 0
         self._check_budget(plan)
         for init in plan.new_rows:

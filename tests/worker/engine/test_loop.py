@@ -24,7 +24,7 @@ DEPTHS = [0, 1, 2]
 NUM_REQUESTS = 500
 STATS = [
     *("steps", "batch_max", "preemptions", "prefix_hits", "prefix_hit_tokens", "chunked_prompts", "prefill_tokens"),
-    *("decode_tokens", "encoder_passes", "encoder_tokens", "draft_tokens", "accepted_tokens"),
+    *("decode_tokens", "encoder_passes", "encoder_tokens", "draft_tokens", "accepted_tokens", "steps_too_large"),
     *("running", "waiting", "waiting_for_slot", "blocks_free", "blocks_total", "step_ms"),
 ]
 
