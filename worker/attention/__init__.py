@@ -34,6 +34,29 @@ class Batch:
     num_keys: Integers | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A step as kernels read it: all on the device, int32 unless said. Nothing in it tells the host how long a row is.
+
+    `rows` [n] index of each row of the step into `tables` [rows that there may be, b], pages of each; `query_starts`
+    [n + 1] first token of each row in the step, and t; `starts` [n] tokens it had before; `slots` int64 [t] and
+    `num_keys` [n] as in Batch. The host knows of every row at most `max_queries` tokens in this step, and at most
+    `max_keys` keys: how much is launched follows from these two and from shapes.
+
+    Rows may have no queries. What is left of a recorded step is filled with rows of one query at position 0, whose
+    table and slot are of page 0.
+    """
+
+    rows: Tensor
+    query_starts: Tensor
+    starts: Tensor
+    tables: Tensor
+    slots: Tensor
+    max_queries: int
+    max_keys: int
+    num_keys: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerShape:
     """What of a layer attention must know; layers that attend alike share one object, which may be used as a key.
@@ -61,7 +84,7 @@ class Attention(Protocol):
     reads_whole_pages: bool
 
     def prepare(self, batch: Batch, block_size: int) -> Any:
-        """Precompute what all layers of the step share."""
+        """Precompute what all layers of the step share. Those for a GPU take a DeviceBatch too."""
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: Any, layer: LayerShape) -> Tensor:
         """Attention of this step's queries over the pages, which hold the step's own keys already: causal, or over

@@ -1,0 +1,66 @@
+"""What Triton's compiler makes of all kernels, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from ops.kernels import table
+from worker.kernels.triton.ahead import TARGETS, Specimen, all_specimens, compile, modules
+
+SPECIMENS = all_specimens()
+
+
+@triton.jit
+def greedy_kernel(x, y, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)
+    tile = tl.load(x + places)
+    tl.store(y + places, tl.dot(tile, tile) + tl.dot(tl.trans(tile), tile))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=[f"{each.kernel_name}-{each.name}" for each in SPECIMENS])
+def test_a_kernel_compiles_and_none_of_decoding_spills(specimen, target):
+    assert not knobs.runtime.interpret
+    usage = compile(specimen, target)
+    assert usage.registers > 0
+    assert usage.spill_bytes == 0 or target != "sm_90" or not specimen.is_decode
+
+
+def test_spilling_is_seen():
+    wide = Specimen("wide", greedy_kernel, {"x": "*bf16", "y": "*fp32"}, {"SIZE": 128}, num_warps=1)
+    assert compile(wide, "sm_90").spill_bytes > 0
+
+
+def test_a_specimen_that_leaves_out_an_argument_is_refused():
+    with pytest.raises(ValueError, match=r"greedy_kernel takes x, y, SIZE; short says otherwise"):
+        compile(Specimen("short", greedy_kernel, {"x": "*bf16"}, {"SIZE": 128}), "sm_90")
+
+
+def test_names_of_variants_tell_specimens_apart():
+    names = [(each.kernel_name, each.name) for each in SPECIMENS]
+    assert len(set(names)) == len(names)
+
+
+def test_every_kernel_has_a_specimen():
+    functions = {
+        name: value for module in modules() for name, value in vars(module).items() if isinstance(value, JITFunction)
+    }
+    calls = {name for each in functions.values() for name in re.findall(r"(\w+)\(", each.src.split(":\n", 1)[1])}
+    assert set(functions) - calls == {each.kernel_name for each in SPECIMENS}
+
+
+def test_the_table_has_a_line_for_each_variant():
+    found = [
+        {"kernel": "add", "variant": v, "target": t, "registers": 40, "shared_bytes": 2048, "spill_bytes": 0}
+        for v in ("plain", "wide")
+        for t in TARGETS
+    ]
+    lines = table(found).splitlines()
+    assert lines[2:] == [f"| `add` | {v} | 40, 2,048, 0 | 40, 2,048, 0 | 40, 2,048, 0 |" for v in ("plain", "wide")]
+    assert len({line.count("|") for line in lines}) == 1
