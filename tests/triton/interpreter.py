@@ -1,0 +1,44 @@
+"""What Triton's interpreter (3.6) does otherwise than devices do, put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@contextmanager
+def interpreter_as_a_device() -> Iterator[None]:
+    """Infinite results are no warnings, a bfloat16 is the nearest one, and a number may bound a loop."""
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(interpreter, "_convert_float", _rounding_to_nearest(interpreter._convert_float))
+        patch.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter._patch_lang_tensor))
+        yield
+
+
+def _rounding_to_nearest(convert: Any) -> Any:
+    """The interpreter cuts off."""
+
+    def converted(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any) -> np.ndarray:
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(values, source, target, rounding)
+        wide = torch.from_numpy(np.array(values).view(np.float32))
+        return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    return converted
+
+
+def _indexing(patch_tensor: Any) -> Any:
+    """Its scalars are arrays of one element, which numpy from 2.4 on takes for none."""
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patched
