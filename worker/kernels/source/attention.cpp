@@ -645,28 +645,34 @@ struct Scratch {
 // What is called from memory while one head is at work, a little at every turn: a core waits for few lines at a time, and
 // those called in one go wait for each other. Of a block's tokens it is the `part`-th of so many shares, for heads that take
 // `size` bytes together.
+//
+// Turns are to take equally long: where tiles and softmax take longer than two tokens' values that are laid out, they are
+// several. Lines that come in while nothing else waits for memory cost nothing; all others are added to what a block takes.
+constexpr int64_t TURNS_OF_KEYS = 2, TURNS_OF_ROW = 12, TURNS_OF_VALUES = 8;
+
 class Coming {
     const char *keys, *values;
     const Places& places;
-    int64_t token, end, size, line = 0, lines_at_once;
+    int64_t token, end, size, line = 0, due = 0, num_lines, num_turns;
 
   public:
     Coming(const Call& call, const Places& places, int64_t part, int64_t num_parts, int64_t size, int64_t num_turns)
         : keys(call.keys), values(call.values), places(places), token(part * BLOCK / num_parts),
           end((part + 1) * BLOCK / num_parts), size(size),
-          lines_at_once(ceil_div((end - token) * ceil_div(size, LINE), num_turns)) {
+          num_lines((end - token) * ceil_div(size, LINE)), num_turns(num_turns) {
         end = std::min(end, places.count);
     }
 
-    INLINE void call_some() {
-        for (int64_t left = lines_at_once; left > 0 && token < end; --left) {
+    // As much as belongs to `turns` of all.
+    INLINE void call_some(int64_t turns = 1) {
+        for (due += turns * num_lines; due > 0 && token < end; due -= num_turns) {
             call_line(keys + places.at[token] + line), call_line(values + places.at[token] + line);
             if ((line += LINE) >= size) line = 0, ++token;
         }
     }
 
     void call_rest() {
-        while (token < end) call_some();
+        call_some(num_turns);
     }
 };
 
@@ -779,15 +785,16 @@ bool is_plain(const Layer& layer) { return layer.softcap == 0.0 && !layer.slopes
 
 // From scores of a tile's rows to weights of a block's keys, and the factors on what was summed up before. Scores of a
 // row are `row_stride` apart, of groups of 16 keys `group_stride`.
-template <class E>
+template <class E, class BeforeRow>
 __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64_t num_rows, int64_t first_key,
                                       int64_t num_groups, float* scores, int64_t row_stride, int64_t group_stride,
-                                      uint32_t* weights, const State& state, float* factors) {
+                                      uint32_t* weights, const State& state, float* factors, const BeforeRow& before_row) {
     bool is_regular = is_plain(layer);
     float scale = is_regular ? (float)(layer.scale * LOG2_E) : 1.0f;
     float most[TILE];
     std::fill_n(most, TILE, -INFINITE);
     for (int64_t at = 0; at < num_rows; ++at) {
+        before_row();
         const Row& row = rows[at];
         float* own = scores + at * row_stride;
         bool hides = row.low > first_key || row.high < first_key + num_groups * LANES;
@@ -810,6 +817,7 @@ __attribute__((noinline)) void soften(const Layer& layer, const Row* rows, int64
     store(shifts, shift);
     store(factors, exp2<6>(before - shift));
     for (int64_t at = 0; at < num_rows; ++at) {
+        before_row();
         floats sum = all(0.0f);
         for (int64_t group = 0; group < num_groups; ++group) {
             floats weight = exp2<E::DEGREE>(load(scores + at * row_stride + group * group_stride) * scale - shifts[at]);
@@ -1015,17 +1023,19 @@ void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int6
             return E::weigh_turned(own.weights, own.values, num_keys, state.sums, own.columns);
         }
 #endif
-    auto between = [&] {
-        if (way == IN_PLACE) coming.call_some();
+    auto between = [&](int64_t turns) {
+        if (way == IN_PLACE) coming.call_some(turns);
     };
     float factors[TILE];
     int64_t row_stride = way == IN_PLACE ? LANES : BLOCK, group_stride = way == IN_PLACE ? UNITS : LANES;
     if (way == IN_PLACE)
-        E::score_in_place(queries, keys.groups, keys.stride, own.num_units, num_rows, num_groups, own.scores, between);
+        E::score_in_place(queries, keys.groups, keys.stride, own.num_units, num_rows, num_groups, own.scores,
+                          [&] { between(TURNS_OF_KEYS); });
     else E::score(queries, own.keys, own.num_units, num_rows, num_groups, own.scores);
     soften<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
-              factors);
-    E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns, between);
+              factors, [&] { between(TURNS_OF_ROW); });
+    E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns,
+             [&] { between(TURNS_OF_VALUES); });
 }
 
 template <class E>
@@ -1047,11 +1057,12 @@ void run_block(const Call& call, Way way, int64_t first_key, int64_t base, int64
 
 // How often something is called from memory while one head is at work.
 template <class E>
-int64_t turns_of(Way way, int64_t num_tiles, const Scratch<E>& own) {
+int64_t turns_of(Way way, int64_t num_rows, int64_t num_tiles, const Scratch<E>& own) {
     if (way == TURNED) return num_tiles * TILE / 2;
     if (way == STRAIGHT) return num_tiles;
     int64_t units = BLOCK / E::PER_UNIT;
-    return units + own.num_units / TILE * GROUPS + own.columns / LANES * units / TILE;
+    return units + own.num_units / TILE * GROUPS * TURNS_OF_KEYS + 2 * num_rows * TURNS_OF_ROW +
+           own.columns / LANES * units / TILE * TURNS_OF_VALUES;
 }
 
 template <class E>
@@ -1092,7 +1103,8 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
             for (int64_t head = 0; head < item.num_heads; ++head) {
-                Coming coming(call, next, head, item.num_heads, item.num_heads * call.head_bytes, turns_of(way, num_tiles, own));
+                int64_t num_turns = turns_of(way, num_rows, num_tiles, own), size = item.num_heads * call.head_bytes;
+                Coming coming(call, next, head, item.num_heads, size, num_turns);
                 int64_t offset = head * call.head_bytes;
                 lay_out(call, places, offset, coming, way, own);
                 KeysInPlace keys = find_keys(call, places, offset, way, own);

@@ -28,7 +28,7 @@ struct bf16 {
 
 // Call a line of memory into the second-level cache. The compiler takes its own function for one without any effect, and
 // leaves out calls of what does nothing else.
-INLINE void call_line(const void* from) { asm volatile("prefetcht1 %0" ::"m"(*(const char*)from)); }
+INLINE void call_line(const void* from) { asm volatile("prefetcht2 %0" ::"m"(*(const char*)from)); }
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
