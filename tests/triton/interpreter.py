@@ -15,9 +15,12 @@ from triton.runtime import interpreter
 
 @contextmanager
 def interpreter_as_a_device() -> Iterator[None]:
-    """Infinite results are no warnings, a bfloat16 is the nearest one, and a number may bound a loop."""
+    """Infinite results are no warnings, a bfloat16 is the nearest one and multiplied as a number, and a number may bound
+    a loop."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", _rounding_to_nearest(interpreter._convert_float))
+        builder = interpreter.InterpreterBuilder
+        patch.setattr(builder, "create_dot", _widening(builder.create_dot))
         patch.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter._patch_lang_tensor))
         yield
 
@@ -32,6 +35,20 @@ def _rounding_to_nearest(convert: Any) -> Any:
         return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     return converted
+
+
+def _widening(dot: Any) -> Any:
+    """It multiplies the bits of a bfloat16."""
+
+    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, *(_as_float32(each) if each.dtype.scalar == tl.bfloat16 else each for each in (a, b)), *rest)
+
+    return product
+
+
+def _as_float32(handle: Any) -> Any:
+    bits = np.array(handle.data).astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
 def _indexing(patch_tensor: Any) -> Any:
