@@ -57,6 +57,9 @@ class DeviceBatch:
     num_keys: Tensor | None = None
 
 
+AnyBatch = Batch | DeviceBatch
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerShape:
     """What of a layer attention must know; layers that attend alike share one object, which may be used as a key.
@@ -83,7 +86,7 @@ class Attention(Protocol):
 
     reads_whole_pages: bool
 
-    def prepare(self, batch: Batch, block_size: int) -> Any:
+    def prepare(self, batch: Any, block_size: int) -> Any:
         """Precompute what all layers of the step share. Those for a GPU take a DeviceBatch too."""
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, meta: Any, layer: LayerShape) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.attention import Attention, Batch, LayerShape
+from worker.attention import AnyBatch, Attention, LayerShape
 from worker.model import rope
 from worker.model.layers import softcap
 from worker.model.moe import mixture
@@ -80,7 +80,7 @@ class Decoder:
         """(layers, heads, head_dim) of the keys and values that this rank keeps."""
         return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
 
-    def forward(self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.
 
         `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, page width];
@@ -95,7 +95,7 @@ class Decoder:
                 x = self.run_layer(x, weights, step, layer)
         return self._logits(x[wanted])
 
-    def begin(self, positions: Tensor, batch: Batch, pages: Tensor) -> Step:
+    def begin(self, positions: Tensor, batch: AnyBatch, pages: Tensor) -> Step:
         """What the layers of a step need besides its hidden states."""
         turns = {
             turning: rope.angles(positions, frequencies, self._wide, turning.amplitude)

@@ -198,12 +198,12 @@ class AdaptedLinear:
         """Other targets, more slots or another rank; what lies in the slots stays."""
         old = {target: pair for target, *pair in zip(self._targets, self._a, self._b, strict=True)}
         self._targets, dtype, num_rows = targets, self.slots.dtype, num_slots * rank
-        self._a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype)
+        self._a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype, device=self.slots.device)
         self._a_columns = self._a.view(-1, self.num_in).t()
         self._b, self._runs = [], []
         for group in _groups(targets, num_rows):
             first, place = len(self._b) * num_rows, _place_of(group)
-            b = torch.zeros((len(group) * num_rows, _size(place)), dtype=dtype)
+            b = torch.zeros((len(group) * num_rows, _size(place)), dtype=dtype, device=self.slots.device)
             self._runs.append(Run(slice(first, first + len(b)), place, b))
             blocks = [(index * num_rows, _inside(target.place, place)) for index, target in enumerate(group)]
             self._b += [b[start : start + num_rows, columns] for start, columns in blocks]
@@ -249,8 +249,8 @@ class LoraSlots:
     """The adapters that a rank holds, and every layer they may change. `step` is what layers go by while a step runs;
     None says that no token has an adapter."""
 
-    def __init__(self, family: Family, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.dtype, self.device = dtype, device or torch.device("cpu")
         self.step: LoraStep | None = None
         self.targets: dict[str, Target] = {}
         self._family = family
@@ -301,15 +301,16 @@ class LoraSlots:
         if slot < len(self._ranks):
             self.put(slot, 0, [], iter(()))
 
-    def use(self, slots: Slots) -> None:
-        """Begin a step whose tokens use `slots` [t]; below zero is no adapter."""
+    def use(self, slots: Slots, sent: Tensor | None = None) -> None:
+        """Begin a step whose tokens use `slots` [t]; below zero is no adapter. `sent` [t] is their copy on a device on
+        whose account nothing may wait: then no other numbers go there."""
         distinct = np.unique(slots[slots >= 0]).tolist()
         rank = max(self._ranks, default=0)
         is_of_one = len(distinct) == 1 and bool((slots == distinct[0]).all())
         is_small = len(slots) * rank <= FEW_COLUMNS or len(self._ranks) * rank <= NARROW_SLOTS
-        if distinct and is_small and not is_of_one:
-            owners = torch.arange(len(self._ranks)).repeat_interleave(rank)
-            others = torch.from_numpy(slots)[:, None] != owners
+        if distinct and (is_small or sent is not None) and not is_of_one:
+            owners = torch.arange(len(self._ranks) * rank, device=self.device) // max(rank, 1)
+            others = (torch.from_numpy(slots) if sent is None else sent)[:, None] != owners
             self.step = LoraStep({number: others.repeat(1, number) for number in self._numbers})
         elif distinct:
             self.step = LoraStep(None, tuple((slot, _tokens_of(slot, slots)) for slot in distinct))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker.attention import Attention, Batch, LayerShape
+from worker.attention import AnyBatch, Attention, Batch, LayerShape
 from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
@@ -122,7 +122,7 @@ class T5:
             write_pages(pages[layer, 1], v, slots)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, batch: Batch, pages: Tensor, wanted: Tensor, cross: Batch
+        self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor, cross: AnyBatch
     ) -> Tensor:
         """Run one step of the decoder and write its keys and values into `pages`.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import ConfigurationError
 from common.job import Adapter
@@ -55,12 +57,23 @@ class RowAdapters:
         """Begin a step whose tokens belong to `rows` [t]."""
         self._slots.use(self._slot_of_row[rows])
 
+    def slots_of(self, rows: Ints) -> Ints:
+        """[t] slots of tokens that belong to `rows` [t], or [0] if none has any."""
+        slots = self._slot_of_row[rows]
+        return slots if (slots != NO_SLOT).any() else slots[:0]
+
+    def begin(self, slots: Ints, sent: Tensor) -> None:
+        """Begin a step whose tokens use these `slots_of`, of which the device has a copy `sent`."""
+        self._slots.use(slots, sent)
+
     def _load(self, adapter: Adapter, slot: int) -> str:
         error = ""
         try:
             self._fill(adapter, slot)
         except ConfigurationError as refusal:
             error = f"adapter {adapter.name} cannot be loaded any more: {refusal}"
+        except torch.OutOfMemoryError:
+            error = f"adapter {adapter.name} cannot be loaded any more: the GPU has no memory for it; lower --max-loras"
         if not agree_on_minimum(self._group, int(not error)):
             error = error or f"adapter {adapter.name} cannot be loaded by another rank"
         if error:

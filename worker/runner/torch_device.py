@@ -28,6 +28,15 @@ Model = Decoder | T5
 NOT_IN_VOCABULARY = "a token of the prompt is outside the model's vocabulary"
 
 
+def unfilled_blocks(plan: StepPlan, block_size: int) -> Ints:
+    """Those that are new to their rows and that the step does not fill."""
+    ends = np.zeros(1 + max([*plan.rows.tolist(), *plan.block_rows.tolist()]), np.int64)
+    ends[plan.rows] = plan.starts + plan.num_tokens
+    is_filled = (plan.block_offsets + 1) * block_size <= ends[plan.block_rows]
+    crosses = [init.cross_blocks[-1] for init in plan.new_rows if len(init.encoder_ids) % block_size]
+    return np.array([*plan.block_ids[~is_filled], *crosses], np.int64)
+
+
 class TorchDevice:
     """A CPU runs what it is told at once, so nothing is ever in flight: `forward` and `sample` return when done.
 
@@ -128,11 +137,7 @@ class TorchDevice:
         masking cannot hide what others left there that is not a number."""
         if not self._model.attention.reads_whole_pages:
             return
-        ends = np.zeros(len(self.rows.block_tables), np.int64)
-        ends[plan.rows] = plan.starts + plan.num_tokens
-        is_filled = (plan.block_offsets + 1) * self._block_size <= ends[plan.block_rows]
-        crosses = [init.cross_blocks[-1] for init in plan.new_rows if len(init.encoder_ids) % self._block_size]
-        blocks = np.array([*plan.block_ids[~is_filled], *crosses], np.int64)
+        blocks = unfilled_blocks(plan, self._block_size)
         if len(blocks):
             self.pages.view(torch.uint8).index_fill_(2, torch.from_numpy(blocks), 0)
 
