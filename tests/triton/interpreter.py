@@ -15,8 +15,8 @@ from triton.runtime import interpreter
 
 @contextmanager
 def interpreter_as_a_device() -> Iterator[None]:
-    """Infinite results are no warnings, a bfloat16 is the nearest one and multiplied as a number, and a number may bound
-    a loop."""
+    """Infinite results are no warnings, a bfloat16 is the nearest one and multiplied as a number, and any number may
+    bound a loop."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", _rounding_to_nearest(interpreter._convert_float))
         builder = interpreter.InterpreterBuilder

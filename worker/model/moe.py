@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router chooses, copies of tokens are sorted by expert, one product takes all groups."""
+"""Mixtures of experts: a router chooses, and one product takes what goes to all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mixture(x: Tensor, weights: MoeWeights, moe: Moe, activate: Activate, operat
     [t, hidden] -> [t, hidden]. Every rank holds a slice of every expert, so all route alike.
     """
     shares, chosen = route(x, weights.router, moe)
-    result = _experts(x, weights, shares, chosen, activate)
+    result = operations.experts(x, weights, shares, chosen, activate)
     if weights.shared is None:
         return result
     shared = operations.feed_forward(x, weights.shared, activate)
@@ -42,18 +42,6 @@ def route(x: Tensor, router: Tensor, moe: Moe) -> tuple[Tensor, Tensor]:
     if moe.is_renormalised:
         shares = shares / shares.sum(-1, keepdim=True)
     return shares.to(x.dtype), chosen
-
-
-def _experts(x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activate: Activate) -> Tensor:
-    num_tokens, num_active = chosen.shape
-    experts, order = chosen.flatten().sort(stable=True)
-    numbers = torch.arange(len(weights.router), device=x.device)
-    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-    parts = weights.down(activate(weights.up(x[order // num_active], ends)), ends)
-    # back in the order of tokens, whose parts are then added up without any other token having a say
-    sorted_back = torch.empty_like(parts)
-    sorted_back[order] = parts
-    return (sorted_back.view(num_tokens, num_active, -1) * shares[..., None]).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from worker.attention.pages import write_pages
 from worker.model import rope
 from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
 from worker.model.spec import Activation, Norm, Rope
-from worker.model.weights import LayerWeights, MlpWeights, NormWeights
+from worker.model.weights import LayerWeights, MlpWeights, MoeWeights, NormWeights
 
 if TYPE_CHECKING:
     # which has a kernel, and kernels are made of these operations
@@ -89,6 +89,17 @@ class Operations:
         result = weights.down(activate(weights.up(x)))
         return result if residual is None else residual + result
 
+    def experts(self, x: Tensor, weights: MoeWeights, shares: Tensor, chosen: Tensor, activate: Activate) -> Tensor:
+        """The sum of what the experts `chosen` [t, active] for each token of `x` [t, hidden] make of it, each times its
+        one of `shares` [t, active]: [t, hidden]. Copies of tokens are sorted by expert, so that each product has one
+        group of rows."""
+        order, ends = by_expert(chosen, len(weights.router))
+        parts = weights.down(activate(weights.up(x[order // chosen.shape[1]], ends)), ends)
+        # back in the order of tokens, whose parts are then added up without any other token having a say
+        sorted_back = torch.empty_like(parts)
+        sorted_back[order] = parts
+        return (sorted_back.view(*chosen.shape, -1) * shares[..., None]).sum(1)
+
     def stack(self, layers: Layers, attention: Attention, activate: Activate) -> Stack | None:
         """One, if there are kernels for all that these layers have."""
         return None
@@ -117,3 +128,11 @@ class Operations:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         most, columns = scores.max(-1)
         return most, columns, scores.logsumexp(-1)
+
+
+def by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts the experts `chosen` [t, active], [t * active], and where each one's end in it, int32
+    [experts]. Nothing waits for a device."""
+    experts, order = chosen.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts, device=chosen.device)
+    return order, torch.searchsorted(experts, numbers, right=True, out_int32=True)
