@@ -15,13 +15,14 @@ from triton.runtime import interpreter
 
 @contextmanager
 def interpreter_as_a_device() -> Iterator[None]:
-    """Infinite results are no warnings, a bfloat16 is the nearest one and multiplied as a number, and any number may
-    bound a loop."""
+    """Infinite results are no warnings, a bfloat16 is the nearest one and multiplied as a number, any number may bound
+    a loop, and calls are quick."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", _rounding_to_nearest(interpreter._convert_float))
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "create_dot", _widening(builder.create_dot))
         patch.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter._patch_lang_tensor))
+        patch.setattr(interpreter.InterpretedFunction, "__call__", _called_quickly(interpreter.InterpretedFunction))
         yield
 
 
@@ -59,3 +60,16 @@ def _indexing(patch_tensor: Any) -> Any:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     return patched
+
+
+def _called_quickly(function: type) -> Any:
+    """Every call of one kernel's function by another patches the language again, which takes a millisecond."""
+    patching_call = function.__call__
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        languages = [each for each in self.fn.__globals__.values() if each is tl or each is tl.core]
+        # ranges are classes of the language, and functions of the interpreter
+        is_patched = not any(isinstance(language.range, type) for language in languages)
+        return self.rewrite()(*args, **kwargs) if is_patched else patching_call(self, *args, **kwargs)
+
+    return called
