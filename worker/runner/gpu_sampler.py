@@ -26,14 +26,12 @@ LOW = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Processors:
-    """What any of the rows asks for. All that a launch depends on besides shapes, so a key of graphs.
+    """All that a launch depends on besides shapes, so a key of graphs.
 
-    `holds_back`: stops, below a minimum length. `cuts`: top-k, top-p, typical-p or min-p. `num_slots`: of token counts
-    where any row has penalties, else 0; the counts move when that changes.
+    `cuts`: whether any row has top-k, top-p, typical-p or min-p. `num_slots`: of token counts, where any row has
+    penalties, else 0; the counts move when that changes.
     """
 
-    samples: bool = False
-    holds_back: bool = False
     cuts: bool = False
     num_slots: int = 0
 
@@ -74,21 +72,19 @@ def ask(state: DeviceRows, rows: Ints, output_indices: Ints, size: int | None = 
     return Ask(
         np.concatenate(words).astype(np.int32),
         len(rows),
-        processors_of(state, parameters, output_indices),
+        processors_of(state, parameters),
         tops,
         parameters["num_top"][tops],
         (~parameters["is_raw"][tops]).tolist(),
     )
 
 
-def processors_of(state: DeviceRows, parameters: Parameters, output_indices: Ints) -> Processors:
+def processors_of(state: DeviceRows, parameters: Parameters) -> Processors:
     cuts = (parameters["top_k"] > 0) & (parameters["top_k"] < state.vocab_size)
     for name in ("top_p", "typical_p"):
         cuts |= parameters[name] < 1
     cuts |= parameters["min_p"] > 0
     return Processors(
-        samples=bool(parameters["samples"].any()),
-        holds_back=bool((output_indices < parameters["min_tokens"]).any()),
         cuts=bool((cuts & parameters["samples"]).any()),
         num_slots=state.num_slots if parameters["needs_counts"].any() else 0,
     )
@@ -132,14 +128,12 @@ class TorchSampler:
         rows, indices, tops = torch.tensor_split(words.long(), (num_rows, 2 * num_rows))
         mine = _Columns(self._state.parameters[rows])
         raw = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = self._hold_back(raw, rows, indices, mine) if processors.holds_back else raw
+        scores = self._hold_back(raw, rows, indices, mine)
         scores = self._penalise(scores, indices, mine) if processors.num_slots else scores
-        keyed = scores
-        if processors.samples:
-            samples = mine.ints(Word.SAMPLES) > 0
-            warped = scores / mine.floats(Word.TEMPERATURE).to(scores.dtype)
-            scores = torch.where(samples, cut(warped, mine) if processors.cuts else warped, scores)
-            keyed = torch.where(samples, scores + gumbel(mine, indices, scores.shape[1]), scores.double())
+        samples = mine.ints(Word.SAMPLES) > 0
+        warped = scores / mine.floats(Word.TEMPERATURE).to(scores.dtype)
+        scores = torch.where(samples, cut(warped, mine) if processors.cuts else warped, scores)
+        keyed = torch.where(samples, scores + gumbel(mine, indices, scores.shape[1]), scores.double())
         ids = _first_best(keyed)
         is_raw = mine.ints(Word.IS_RAW) > 0
         normalisers, wanted = torch.stack((raw.logsumexp(-1), scores.logsumexp(-1))), torch.where(is_raw, raw, scores)

@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.runner.gpu_sampler import Processors, Sampler
 from worker.runner.streams import Graph, Stream, Streams
 
-PROCESSORS = (Processors(), Processors(samples=True))
+PROCESSORS = (Processors(), Processors(cuts=True))
 MAX_CAPTURE_S = 60.0
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]

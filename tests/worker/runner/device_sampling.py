@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
-from tests.worker.runner.sampling import EMPTY, Row, ints, output_indices
+from tests.worker.runner.sampling import EMPTY, Row, ints, output_indices, state_of
 from worker.engine.device import RowInit, StepPlan
 from worker.parallel.group import Alone
 from worker.runner.device_rows import DeviceRows
 from worker.runner.gpu_sampler import Ask, ask, read
-from worker.runner.sampler import Sampled
+from worker.runner.sampler import Sampled, sample
 from worker.runner.vocabulary import Vocabulary
 
 
@@ -68,3 +71,34 @@ class Sampling:
         answer = self.sampler(part, torch.from_numpy(asked.words).to(device), asked.processors)
         self.indices = self.indices + 1
         return read(answer.cpu().numpy(), asked, self.vocabulary.size)
+
+
+def on_cpu(logits: torch.Tensor, rows: list[Row], num_steps: int = 1) -> list[Sampled]:
+    vocabulary = Vocabulary(logits.shape[1])
+    state, places = state_of(rows, vocabulary.mine)
+    results = []
+    for step in range(num_steps):
+        results.append(sample(logits, places, output_indices(rows) + step, state, vocabulary))
+        state.remember(places, results[-1].ids)
+    return results
+
+
+def assert_equal(got: Sampled, wanted: Sampled) -> None:
+    usable = [index for index in range(len(wanted.ids)) if index not in wanted.errors]
+    assert got.errors == wanted.errors
+    assert got.ids[usable].tolist() == wanted.ids[usable].tolist()
+    assert got.logprobs[usable] == pytest.approx(wanted.logprobs[usable], rel=1e-5, abs=1e-5)
+    for mine, other in zip(got.top_tokens, wanted.top_tokens, strict=True):
+        assert [token for token, _ in mine] == [token for token, _ in other]
+        assert [value for _, value in mine] == pytest.approx([value for _, value in other], rel=1e-5, abs=1e-5)
+
+
+def asking(rows: list[Row], seed: int = 0) -> list[Row]:
+    """Some of them want alternatives."""
+    draw = np.random.default_rng(seed)
+    return [
+        Row(
+            replace(row.params, num_top_logprobs=int(draw.integers(0, 5))), row.prompt_ids, row.output_ids, row.stop_ids
+        )
+        for row in rows
+    ]

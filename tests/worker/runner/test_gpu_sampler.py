@@ -10,48 +10,25 @@ import torch
 
 from common.job import LogprobKind, SamplingParams
 from tests.support.lockstep import run_ranks
-from tests.worker.runner.device_sampling import Sampling, apply, device_rows, init_of, plan_of
-from tests.worker.runner.sampling import Row, output_indices, random_batch, state_of
+from tests.worker.runner.device_sampling import (
+    Sampling,
+    apply,
+    asking,
+    assert_equal,
+    device_rows,
+    init_of,
+    on_cpu,
+    plan_of,
+)
+from tests.worker.runner.sampling import Row, random_batch
 from worker.runner import gpu_sampler, sampler
 from worker.runner.device_rows import MAX_STOPS, NO_SLOT, DeviceRows, Word
 from worker.runner.gpu_sampler import Processors, TorchSampler
-from worker.runner.vocabulary import Vocabulary
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def on_cpu(logits: torch.Tensor, rows: list[Row], num_steps: int = 1) -> list[sampler.Sampled]:
-    vocabulary = Vocabulary(logits.shape[1])
-    state, places = state_of(rows, vocabulary.mine)
-    results = []
-    for step in range(num_steps):
-        results.append(sampler.sample(logits, places, output_indices(rows) + step, state, vocabulary))
-        state.remember(places, results[-1].ids)
-    return results
-
-
-def assert_equal(got: sampler.Sampled, wanted: sampler.Sampled) -> None:
-    usable = [index for index in range(len(wanted.ids)) if index not in wanted.errors]
-    assert got.errors == wanted.errors
-    assert got.ids[usable].tolist() == wanted.ids[usable].tolist()
-    assert got.logprobs[usable] == pytest.approx(wanted.logprobs[usable], rel=1e-5, abs=1e-5)
-    for mine, other in zip(got.top_tokens, wanted.top_tokens, strict=True):
-        assert [token for token, _ in mine] == [token for token, _ in other]
-        assert [value for _, value in mine] == pytest.approx([value for _, value in other], rel=1e-5, abs=1e-5)
-
-
-def asking(rows: list[Row], seed: int = 0) -> list[Row]:
-    """Some of them want alternatives."""
-    draw = np.random.default_rng(seed)
-    return [
-        Row(
-            replace(row.params, num_top_logprobs=int(draw.integers(0, 5))), row.prompt_ids, row.output_ids, row.stop_ids
-        )
-        for row in rows
-    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -60,7 +37,7 @@ def test_a_device_picks_what_a_cpu_picks_step_after_step(seed):
     logits, rows = logits.float(), asking(rows)
     sampling = Sampling(TorchSampler, rows, 60)
     processors = sampling.ask().processors
-    assert processors.samples and processors.cuts and processors.holds_back and processors.num_slots >= 8
+    assert processors.cuts and processors.num_slots >= 8
     for wanted in on_cpu(logits, rows, num_steps=3):
         got = sampling.step(logits)
         assert_equal(got, wanted)
@@ -136,13 +113,11 @@ def test_noise_of_another_index_and_a_penalty_of_the_other_sign_are_told_apart(m
     [
         ({}, Processors()),
         (dict(temperature=0.5, top_p=0.1), Processors()),
-        (dict(do_sample=True, top_k=50), Processors(samples=True)),
-        (dict(do_sample=True, top_k=49), Processors(samples=True, cuts=True)),
-        (dict(do_sample=True, top_p=0.9), Processors(samples=True, cuts=True)),
-        (dict(do_sample=True, typical_p=0.9), Processors(samples=True, cuts=True)),
-        (dict(do_sample=True, min_p=0.1), Processors(samples=True, cuts=True)),
-        (dict(min_tokens=2), Processors()),
-        (dict(min_tokens=3), Processors(holds_back=True)),
+        (dict(do_sample=True, top_k=50), Processors()),
+        (dict(do_sample=True, top_k=49), Processors(cuts=True)),
+        (dict(do_sample=True, top_p=0.9), Processors(cuts=True)),
+        (dict(do_sample=True, typical_p=0.9), Processors(cuts=True)),
+        (dict(do_sample=True, min_p=0.1), Processors(cuts=True)),
         (dict(presence_penalty=-1.0), Processors(num_slots=4)),
     ],
 )
