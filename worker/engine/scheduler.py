@@ -37,6 +37,8 @@ MAX_LOOKAHEAD = 32
 FEWEST_PROMPT_TOKENS = 32
 """A step that is too large with fewer has too many rows."""
 STEPS_UNTIL_REGROWTH = 1000
+MAX_STUCK = 3
+"""Times that a step which is as small as can be finds no memory, before it is given up."""
 BY_ARRIVAL = attrgetter("arrival")
 
 
@@ -123,6 +125,7 @@ class Scheduler:
         self._most_prompt_tokens = limits.max_batch_prefill_tokens
         self._most_rows = limits.max_num_seqs
         self._regrows_at = STEPS_UNTIL_REGROWTH
+        self._num_stuck = 0
 
     @property
     def has_requests(self) -> bool:
@@ -366,7 +369,7 @@ class Scheduler:
 
     def apply(self, launch: Launch, result: StepResult) -> list[TokenRun]:
         """Settle a launched step: keys and values written, tokens known, ends found. Returns what is new."""
-        self._last_applied = launch.plan.step
+        self._last_applied, self._num_stuck = launch.plan.step, 0
         if self._last_applied == self._regrows_at:
             self._regrow()
         ids, logprobs, tops = result.ids.tolist(), result.logprobs.tolist(), result.top_tokens
@@ -488,7 +491,8 @@ class Scheduler:
 
     def take_back(self, launch: Launch) -> bool:
         """Undo the last launched step, which the device could not run; all before it are applied. Steps have half as
-        much from now on of what it had most: tokens of prompts, or rows. False if it could not have been smaller.
+        much from now on of what it had most: tokens of prompts, or rows. False if the smallest found no memory either,
+        again and again.
 
         Whoever took part leaves its row, whatever the device did to that, and comes back to those of its blocks that
         are registered: no step has changed them since.
@@ -511,10 +515,12 @@ class Scheduler:
         num_tokens, num_rows = min(launch.num_prompt_tokens, self._most_prompt_tokens), len(launch.entries)
         if num_tokens > max(FEWEST_PROMPT_TOKENS, num_rows):
             self._most_prompt_tokens = num_tokens // 2
-        else:
+        elif num_rows > 1:
             self._most_rows = num_rows // 2
+        else:
+            self._num_stuck += 1
         self._regrows_at = self._last_applied + STEPS_UNTIL_REGROWTH
-        return self._most_rows > 0
+        return self._num_stuck < MAX_STUCK
 
     def _regrow(self) -> None:
         """Try twice as much: what took the memory may be gone."""

@@ -182,14 +182,15 @@ class GpuDevice:
         message = ""
         try:
             launch()
-        except torch.OutOfMemoryError as error:
-            if self._model.group.shard.size > 1:
+        except RuntimeError as error:
+            if self._model.group.shard.size > 1 or not _is_out_of_memory(error):
                 raise
             message = str(error).partition(". ")[0]
         if message:
+            self._streams.drain()
             # not above, where the error holds what the step had taken until then
             flight.logits = flight.sections = None
-            self._streams.drain()
+            self._streams.tidy()
             self._free.append(flight.buffers)
             raise StepTooLarge(f"the GPU has no memory for the step: {message}")
 
@@ -335,3 +336,10 @@ class GpuDevice:
         owners = torch.full_like(positions, step.encoder_row)
         self._adapters.begin(step.encoder_slots, ids)
         model.encode(ids.long(), slots_of(self.rows.cross_tables, owners, positions, self._block_size), self.pages)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of torch's allocator, of CUDA where others ask it for memory, or of cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED")
+    )

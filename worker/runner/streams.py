@@ -54,7 +54,10 @@ class Streams(Protocol):
         """What is launched on `stream` from now on runs after `event`, which is of another stream."""
 
     def drain(self) -> None:
-        """Wait until all streams are at rest, and give memory that is cached for nothing back."""
+        """Wait until all streams are at rest."""
+
+    def tidy(self) -> None:
+        """Give back memory that is kept in case somebody wants it again. When all streams are at rest."""
 
     def host_buffer(self, num_words: int) -> Tensor:
         """int32 [num_words] of the host's memory that copies need not wait for."""
@@ -91,6 +94,8 @@ class CudaStreams:
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def tidy(self) -> None:
         torch.cuda.empty_cache()
 
     def host_buffer(self, num_words: int) -> Tensor:
@@ -101,6 +106,9 @@ class CudaStreams:
         self.run(Stream.COMPUTE, work)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._streams[Stream.COMPUTE]):
+        # not torch.cuda.graph, which collects garbage before each of what may be a hundred graphs
+        with torch.cuda.stream(self._streams[Stream.COMPUTE]):
+            graph.capture_begin(pool=self._pool)
             work()
+            graph.capture_end()
         return graph

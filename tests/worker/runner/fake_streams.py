@@ -59,15 +59,24 @@ class FakeGraph:
 
 @dataclass
 class Loss:
-    """Which work of COMPUTE finds no memory, with or without having been launched before that is known."""
+    """Which work of COMPUTE finds no memory, with or without having been launched before that is known: of so many
+    steps in a row, at most."""
 
     rng: random.Random
     share: float
+    most_in_a_row: int = 2
     num_lost: int = 0
+    _num_in_a_row: int = 0
+    _num_good: int = 0
 
     def strikes(self) -> bool:
-        is_lost = self.rng.random() < self.share
+        is_lost = self._num_in_a_row < self.most_in_a_row and self.rng.random() < self.share
         self.num_lost += is_lost
+        self._num_good = 0 if is_lost else self._num_good + 1
+        if self._num_good == 2:
+            # forward pass and sampling of a step
+            self._num_in_a_row = 0
+        self._num_in_a_row += is_lost
         return is_lost
 
 
@@ -85,7 +94,7 @@ class FakeStreams:
         self.waits: set[tuple] = set()
         self.graphs: list[FakeGraph] = []
         self.loss: Loss | None = None
-        self.num_drains = self.most_queued = 0
+        self.num_tidied = self.most_queued = 0
 
     # What GpuDevice calls.
 
@@ -115,9 +124,12 @@ class FakeStreams:
             self._push(stream, ("until", event))
 
     def drain(self) -> None:
-        self.num_drains += 1
         while any(self._queues.values()):
             self._go_on(lazily=None)
+
+    def tidy(self) -> None:
+        assert not any(self._queues.values()), "memory is given back while streams use it"
+        self.num_tidied += 1
 
     def host_buffer(self, num_words: int) -> Tensor:
         return torch.full((num_words,), POISON, dtype=torch.int32)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from functools import cache
 
+import numpy as np
 import torch
 
 from common.job import PenaltyKind, SamplingParams
 from tests.support.engine_run import Engine, Run
 from tests.support.hashing_model import VOCAB_SIZE, HashingModel
 from tests.worker.runner.fake_streams import FakeStreams
+from worker.engine.device import NO_IDS, TOKEN_ON_DEVICE, RowInit, StepPlan
 from worker.engine.scheduler import Scheduler
 from worker.model.lora import LoraSlots
 from worker.pipe import Abort, Ready, Submit
@@ -25,7 +27,7 @@ PARAMS = [
     dict(do_sample=True, temperature=1.3, seed=5),
     dict(do_sample=True, top_k=8, seed=2**63 + 5, repetition_penalty=1.3),
     dict(frequency_penalty=1.5, presence_penalty=0.5, penalty_kind=PenaltyKind.OPENAI),
-    dict(min_tokens=6, stop_token_ids=(3, 9, 12)),
+    dict(min_tokens=6, stop_token_ids=tuple(range(10, 20))),
     dict(do_sample=True, temperature=2.0, num_top_logprobs=3, seed=1),
 ]
 
@@ -62,18 +64,56 @@ def messages(seed: int, number: int) -> list[Submit]:
             prompt_ids=rng.choice(stems)[: rng.randrange(1, 21)]
             + [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 1, 9]))],
             output_ids=[],
-            params=SamplingParams(max_new_tokens=rng.choice([1, 5, 9, 24]), **PARAMS[rng.randrange(len(PARAMS))]),
+            params=SamplingParams(max_new_tokens=rng.choice([1, 5, 9, 16]), **PARAMS[rng.randrange(len(PARAMS))]),
             eos_token_ids=[EOS] * (rng.random() < 0.7),
         )
         for index in range(number)
     ]  # fmt: skip
 
 
+def plan_of_prompts(prompts: list[list[int]]) -> StepPlan:
+    """A first step, of whole prompts that fit a page each: row i has page i + 1."""
+    numbers, counts = ints(range(len(prompts))), ints(map(len, prompts))
+    return StepPlan(
+        step=1, rows=numbers, num_tokens=counts, num_drafts=0 * numbers, starts=0 * numbers,
+        tokens=ints(sum(prompts, [])), samples=numbers >= 0, block_rows=numbers, block_offsets=0 * numbers,
+        block_ids=numbers + 1, freed_rows=NO_IDS,
+        new_rows=[
+            RowInit(
+                row=row, request_id=str(row), params=SamplingParams(max_new_tokens=9), prompt_ids=ints(ids),
+                output_ids=NO_IDS, stop_ids=NO_IDS,
+            )
+            for row, ids in enumerate(prompts)
+        ],
+    )  # fmt: skip
+
+
+def plan_of_decodes(starts: dict[int, int]) -> StepPlan:
+    """A later step of these rows, each with so many tokens before; they get a page more where they need one."""
+    rows, begins = ints(starts), ints(starts.values())
+    grows = begins % SIZES["block_size"] == 0
+    return StepPlan(
+        step=2, rows=rows, num_tokens=0 * rows + 1, num_drafts=0 * rows, starts=begins,
+        tokens=0 * rows + TOKEN_ON_DEVICE, samples=rows >= 0, block_rows=rows[grows],
+        block_offsets=begins[grows] // SIZES["block_size"], block_ids=rows[grows] + 10, freed_rows=NO_IDS, new_rows=[],
+    )  # fmt: skip
+
+
+def ints(values) -> np.ndarray:
+    return np.array(list(values), dtype=np.int32)
+
+
 class Hopeful(Scheduler):
-    """Lets everybody in whose prompt fits, so that the pool runs out again and again."""
+    """Lets everybody in whose prompt fits, so that the pool runs out again and again; counts what comes too late."""
+
+    num_late = 0
 
     def _fits_later(self, newcomer, num_borrowed: int) -> bool:
         return True
+
+    def _apply_sample(self, entry, picks):
+        self.num_late += entry.request.is_ended
+        return super()._apply_sample(entry, picks)
 
 
 def run_traffic(device, seed: int, number: int = 16, aborts: float = 0.15) -> Run:
