@@ -15,7 +15,7 @@ from torch import Tensor
 from worker.model.families.base import Family, QkvLayout
 from worker.model.lora import LoraSlots
 from worker.model.moe import ListedExperts, StackedExperts
-from worker.model.quant.linear import Int8Embedding, Int8Linear, SideBySide, linear_of
+from worker.model.quant.linear import Int8Embedding, Int8Linear, SideBySide
 from worker.model.quant.matrix import QuantisedMatrix, filled, stacked
 from worker.model.quant.rounding import int8_by_row
 from worker.model.quant.scheme import NOT_QUANTISED, MakeQuantised, Quantisation
@@ -59,7 +59,6 @@ MADE_ELEMENTS = 1 << 22
 """Of a matrix that are quantised at a time; a few copies of them in float32 are made on the way."""
 LARGE_BYTES = 1 << 20
 """Of a tensor that gets pages of its own, since it may be let go as soon as another layout has been made of it."""
-INT8_BY_ROW = Quantisation(make=int8_by_row)
 
 
 class _SizesOnly:
@@ -293,7 +292,7 @@ class Builder:
     def _product(self, weight: Tensor | QuantisedMatrix, bias: Tensor | None) -> Linear:
         if isinstance(weight, Tensor):
             return DenseLinear(weight, bias)
-        product = linear_of(weight, bias, self.dtype)
+        product = self.quantisation.product(weight, bias, self.dtype)
         self.on_progress(product.num_bytes - num_bytes_of(bias))
         return product
 
@@ -323,7 +322,7 @@ class Builder:
         if not self.quantisation.has_int8_embeddings:
             return DenseEmbedding(self.fill([piece]))
         if self._only_counts:
-            return DenseEmbedding(self._counted([piece], None, INT8_BY_ROW).weight)
+            return DenseEmbedding(self._counted([piece], None, self._int8_by_row).weight)
         matrix = self._made(piece, int8_by_row)
         embedding = Int8Embedding(matrix.codes, matrix.scale[:, 0].to(self.dtype))
         self.on_progress(embedding.num_bytes)
@@ -333,8 +332,12 @@ class Builder:
         """The rank's rows. Whether head and embedding are tied is decided by the checkpoint: without a tensor of its
         own the head is the embedding, and one with the same numbers shares its memory."""
         own = self._own_head(self._vocabulary("head", vocab_size, width), bias) if self.has("head") else None
-        tied = _tied_head(embed, bias, self.dtype)
+        tied = self._tied_head(embed, bias)
         return tied if own is None or _is_equal(own, tied) else own
+
+    @property
+    def _int8_by_row(self) -> Quantisation:
+        return replace(self.quantisation, scheme=None, make=int8_by_row)
 
     def _own_head(self, piece: Piece, bias: Tensor | None) -> Linear:
         if self._is_stored_quantised(self._name_of(piece)):
@@ -342,18 +345,17 @@ class Builder:
         if not self.quantisation.has_int8_embeddings:
             return DenseLinear(self.fill([piece]), bias)
         if self._only_counts:
-            return self._counted([piece], bias, INT8_BY_ROW)
+            return self._counted([piece], bias, self._int8_by_row)
         return self._product(self._made(piece, int8_by_row), bias)
+
+    def _tied_head(self, embed: Embedding, bias: Tensor | None) -> Linear:
+        if isinstance(embed, Int8Embedding):
+            return self.quantisation.product(embed.matrix, bias, self.dtype)
+        assert isinstance(embed, DenseEmbedding)
+        return DenseLinear(embed.weight, bias)
 
     def _vocabulary(self, key: str, vocab_size: int, width: int) -> Piece:
         return Piece(key, Part((vocab_size, width), [self.shard.bounds(vocab_size)], range(width)))
-
-
-def _tied_head(embed: Embedding, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    if isinstance(embed, Int8Embedding):
-        return linear_of(embed.matrix, bias, dtype)
-    assert isinstance(embed, DenseEmbedding)
-    return DenseLinear(embed.weight, bias)
 
 
 def _is_equal(one: Linear, other: Linear) -> bool:

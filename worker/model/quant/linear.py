@@ -5,6 +5,7 @@ Each keeps its weights small in memory, and the block that is being dequantised 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 
@@ -26,8 +27,12 @@ DEQUANTISED_ELEMENTS = 1 << 23
 """Of weights that are dequantised at a time: 16 MB in bfloat16."""
 
 
+MakeProduct = Callable[[QuantisedMatrix, Tensor | None, torch.dtype], Linear]
+"""Of a matrix and a bias, for inputs of a type."""
+
+
 def linear_of(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """The fastest product with `matrix` there is for inputs of `dtype`."""
+    """The fastest product with `matrix` there is on a CPU for inputs of `dtype`."""
     if dtype in FAST_DTYPES:
         if (signed := _as_int8(matrix)) is not None:
             return Int8Linear(signed, matrix.scale[:, 0].to(dtype), bias)
@@ -153,16 +158,9 @@ def _as_int4(matrix: QuantisedMatrix) -> tuple[QuantisedMatrix, int, Tensor | No
     is_affine = matrix.num_bits in (2, 4) and matrix.table is None
     if not is_affine or num_rows % INT4_ROW_UNIT or num_columns % matrix.scale.shape[1]:
         return None
-    size, order = num_columns // matrix.scale.shape[1], None
-    if matrix.group_size() is None:
-        order = matrix.groups.argsort(stable=True)
-        matrix = QuantisedMatrix(
-            matrix.codes[:, order], matrix.scale, matrix.zero, matrix.groups[order], matrix.num_bits
-        )
-        if matrix.group_size() is None:
-            return None
+    size, ordered = num_columns // matrix.scale.shape[1], matrix.in_groups()
     fitting = [known for known in INT4_GROUPS if size % known == 0]
-    return (matrix, fitting[-1], order) if fitting else None
+    return (ordered[0], fitting[-1], ordered[1]) if ordered is not None and fitting else None
 
 
 def _int4_linear(

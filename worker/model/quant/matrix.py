@@ -58,6 +58,15 @@ class QuantisedMatrix:
         size = num_columns // num_groups
         return size if torch.equal(self.groups, neighbours(num_columns, size)) else None
 
+    def in_groups(self) -> tuple[QuantisedMatrix, Tensor | None] | None:
+        """The matrix with its columns in the order of their groups, and that order, None if it was so; None if groups
+        are not of one size."""
+        if self.group_size() is not None:
+            return self, None
+        order = self.groups.argsort(stable=True)
+        ordered = replace(self, codes=self.codes[:, order], groups=self.groups[order])
+        return None if ordered.group_size() is None else (ordered, order)
+
 
 def neighbours(num_columns: int, size: int) -> Tensor:
     """The group of each column where so many neighbours share one, int64 [columns]."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from worker.model.quant.linear import MakeProduct, linear_of
 from worker.model.quant.matrix import QuantisedMatrix
 from worker.model.weights import Part, TensorSource
 
@@ -40,14 +41,15 @@ MakeQuantised = Callable[[Tensor], QuantisedMatrix]
 @dataclass(frozen=True, slots=True)
 class Quantisation:
     """`name` is what the card says. Matrices are stored by `scheme`, or `make` quantises them when they are read; with
-    `has_int8_embeddings` embedding and head get 8 bits then. `unit` as in Scheme. `notes` are sentences for who runs
-    the model."""
+    `has_int8_embeddings` embedding and head get 8 bits then. `unit` as in Scheme. `product` makes what multiplies,
+    as the device has it. `notes` are sentences for who runs the model."""
 
     name: str = "none"
     scheme: Scheme | None = None
     make: MakeQuantised | None = None
     has_int8_embeddings: bool = False
     unit: int = 1
+    product: MakeProduct = linear_of
     notes: tuple[str, ...] = ()
 
 
