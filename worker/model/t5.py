@@ -110,12 +110,13 @@ class T5:
         """(layers, heads, head_dim) of the keys and values that this rank keeps."""
         return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
 
-    def encode(self, tokens: Tensor, slots: Tensor, pages: Tensor) -> None:
+    def encode(self, tokens: Tensor, slots: Tensor, pages: Tensor, batch: AnyBatch | None = None) -> None:
         """Run the encoder over one request, and write what it leaves for each layer of the decoder into `pages`.
 
         `tokens` int64 [e]; `slots` int64 [e] a place for each among all places of all pages; `pages` as in `forward`.
+        `batch`, for attention that wants one of a device, has one row: the whole input, as one page.
         """
-        x = self._encoder_output(tokens)
+        x = self._encoder_output(tokens, batch or whole_input(tokens))
         for layer, cross in enumerate(self.weights.crosses):
             k, v = cross.kv(x).view(len(x), 2, *self._head_shape).unbind(1)
             write_pages(pages[layer, 0], k, slots)
@@ -139,15 +140,13 @@ class T5:
             x = self._feed_forward(x, weights)
         return self.weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
 
-    def _encoder_output(self, tokens: Tensor) -> Tensor:
-        """[e, hidden]. To attention the whole input is one page."""
+    def _encoder_output(self, tokens: Tensor, batch: AnyBatch) -> Tensor:
+        """[e, hidden]."""
         stack, x, size = self.weights.encoder, self._embed(tokens), len(tokens)
-        zero, slots = np.zeros(1, np.int64), torch.arange(size, device=x.device)
-        batch = Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
         meta = self.attention.prepare(batch, size)
         pages = x.new_empty((2, 1, size, *self._head_shape))
         for weights in stack.layers:
-            x = x + self._attend(x, weights, pages, slots, meta, self._encoder_shape)
+            x = x + self._attend(x, weights, pages, batch.slots, meta, self._encoder_shape)
             x = self._feed_forward(x, weights)
         return self._norm(x, stack.final_norm)
 
@@ -178,6 +177,13 @@ class T5:
         if self.group.shard.size == 1:
             return feed_forward(normed, weights.mlp, self._activate, x)
         return x + self.group.all_reduce(feed_forward(normed, weights.mlp, self._activate))
+
+
+def whole_input(tokens: Tensor) -> Batch:
+    """To attention what an encoder reads is one page."""
+    zero, size = np.zeros(1, np.int64), len(tokens)
+    slots = torch.arange(size, device=tokens.device)
+    return Batch(zero + size, zero, zero[None], slots, num_keys=zero + size)
 
 
 # Weights.

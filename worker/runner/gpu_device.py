@@ -39,7 +39,7 @@ from worker.model.t5 import T5
 from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
 from worker.runner.device_rows import Changes, DeviceRows, Words
-from worker.runner.device_step import HostStep, Sections, inputs_of, pack, padded, slots_of
+from worker.runner.device_step import HostStep, Sections, inputs_of, pack, padded, slots_of, whole_input
 from worker.runner.gpu_sampler import Sampler, TorchSampler, ask, read
 from worker.runner.graphs import MAX_CAPTURE_S, Columns, DecodeGraphs
 from worker.runner.places import Places
@@ -335,7 +335,8 @@ class GpuDevice:
         positions = torch.arange(len(ids), device=ids.device)
         owners = torch.full_like(positions, step.encoder_row)
         self._adapters.begin(step.encoder_slots, ids)
-        model.encode(ids.long(), slots_of(self.rows.cross_tables, owners, positions, self._block_size), self.pages)
+        slots = slots_of(self.rows.cross_tables, owners, positions, self._block_size)
+        model.encode(ids.long(), slots, self.pages, whole_input(ids))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
