@@ -73,6 +73,9 @@ SELECT_TILE = 4096
 """One program goes through a row again and again, out of the second-level cache, with 512 threads."""
 SELECT_WARPS = 16
 
+SLICES = ["rows", "output_indices", "tops"]
+"""Begin anywhere in the step's numbers, and are read one by one: where must not decide what is compiled."""
+
 EXACT = {"enable_fp_fusion": False}
 """Products and sums of penalties are rounded one by one, as the CPU's are."""
 
@@ -164,7 +167,7 @@ def exponentials(words):
     return -tl.log(((words >> 9).to(tl.float32) + 0.5) * (2.0**-23))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def scan(
     logits,
     stride,
@@ -303,7 +306,7 @@ def threshold(
     return tl.where(order < ORDER_OF_MINUS_INFINITY, -float("inf"), float_of(order))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def select(
     logits,
     stride,
@@ -423,7 +426,7 @@ def normaliser(maxima, sums, is_here):
     return most + tl.log(tl.sum(tl.load(sums, mask=is_here, other=0.0) * tl.exp(most_of - most), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def finish(
     partials,
     partial_floats,
@@ -474,7 +477,7 @@ def finish(
         tl.store(both + vocab_size, tl.load(both + vocab_size) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def wanted_scores(
     logits,
     stride,
