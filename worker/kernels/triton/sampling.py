@@ -61,6 +61,7 @@ NUM_BOUNDS = tl.constexpr(4)
 ALL_IDS = tl.constexpr(2**31 - 1)
 LOWEST_ORDER = tl.constexpr(-(2**31))
 ORDER_OF_MINUS_INFINITY = tl.constexpr(-(2**31) + 0x7FFFFF)
+NUM_ROUGH = tl.constexpr(5)
 EACH_TOKEN, MASS, MASS_BY_DISTANCE = (tl.constexpr(kind) for kind in range(3))
 
 SCAN_TILE = 2048
@@ -69,9 +70,12 @@ row of 128,000 tokens."""
 
 SCAN_WARPS = 8
 
-SELECT_TILE = 4096
+SELECT_TILE = 2048
 """One program goes through a row again and again, out of the second-level cache, with 512 threads."""
 SELECT_WARPS = 16
+
+LIST_LENGTH = 8192
+"""More candidates than thresholds usually have, and less than what a processor's first-level cache holds."""
 
 SLICES = ["rows", "output_indices", "tops"]
 """Begin anywhere in the step's numbers, and are read one by one: where must not decide what is compiled."""
@@ -212,15 +216,13 @@ def scan(
     out, plane = place * num_tiles + tile, num_places * num_tiles
     if not AFTER_CUT:
         most = tl.max(raw, 0)
+        safe = tl.where(most == -float("inf"), 0.0, most)
         tl.store(partial_floats + RAW_MAX * plane + out, most)
-        tl.store(
-            partial_floats + RAW_SUM * plane + out, tl.sum(tl.exp(raw - tl.where(most == -float("inf"), 0.0, most)), 0)
-        )
+        tl.store(partial_floats + RAW_SUM * plane + out, tl.sum(tl.exp(raw - safe), 0))
         if cuts:
             return
-    scores = scores_of(
-        raw, ids, is_here, row_of(place, rows, output_indices, parameters, floats, stops), counts, vocab_size
-    )
+    state = row_of(place, rows, output_indices, parameters, floats, stops)
+    scores = scores_of(raw, ids, is_here, state, counts, vocab_size)
     if AFTER_CUT:
         scores = cut(scores, ids, bounds + place * NUM_BOUNDS)
     most = tl.max(scores, 0)
@@ -262,39 +264,60 @@ def kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB: tl.
 
 @triton.jit
 def threshold(
+    kind,
     target,
     most,
     mine,
+    candidates,
     row,
     counts,
     low,
     limit,
     centre,
     radius,
-    KIND: tl.constexpr,
+    LIST: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The largest number such that what is not below it weighs at least `target`: -inf where all together does not.
 
-    EACH_TOKEN: scores, each weighs one. MASS: scores, by their exponentials. MASS_BY_DISTANCE: minus the distance of
-    scores from `centre`, by their exponentials. Two bits of the number follow from each pass over the row: 16 passes.
+    `kind` EACH_TOKEN: scores, each weighs one. MASS: scores, by their exponentials. MASS_BY_DISTANCE: minus the
+    distance of scores from `centre`, by their exponentials.
+
+    A pass over the row gives two bits of 32. After five, which know the number up to half of its size, what is not
+    below them is listed at `candidates` if that is LIST tokens at most, and the other passes are over these.
     """
-    order = tl.full((), LOWEST_ORDER, tl.int32)
+    order, number, is_listed = (
+        tl.full((), LOWEST_ORDER, tl.int32),
+        tl.full((), VOCAB, tl.int32),
+        tl.full((), 0, tl.int1),
+    )
+    lanes = tl.arange(0, TILE)
     for level in range(16):
+        if level == NUM_ROUGH:
+            floor, num_listed = float_of(order), tl.full((), 0, tl.int32)
+            for start in range(0, VOCAB, TILE):
+                scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
+                is_candidate = (values_of(scores, centre, kind) >= floor).to(tl.int32)
+                places = num_listed + tl.cumsum(is_candidate, 0) - 1
+                tl.store(candidates + places, scores, mask=(is_candidate > 0) & (places < LIST))
+                num_listed += tl.sum(is_candidate, 0)
+            # what one thread has listed all are to read
+            tl.debug_barrier()
+            is_listed = (num_listed > 0) & (num_listed <= LIST)
+            number = tl.where(is_listed, num_listed, number)
         step = tl.full((), 1 << 30, tl.int32) >> (2 * level)
         one, two, three = float_of(order + step), float_of(order + 2 * step), float_of(order + 3 * step)
         # lane by lane first: one sum across threads at the end of a pass instead of one for each tile
         above_one = tl.zeros((TILE,), tl.float32)
         above_two, above_three = above_one, above_one
-        for start in range(0, VOCAB, TILE):
-            scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
-            values = scores
-            if KIND == MASS_BY_DISTANCE:
-                values = -tl.abs(scores - centre)
-            weights = tl.full((TILE,), 1.0, tl.float32)
-            if KIND != EACH_TOKEN:
-                weights = tl.exp(scores - most)
+        for start in range(0, number, TILE):
+            if is_listed:
+                scores = tl.load(candidates + start + lanes, mask=start + lanes < number, other=-float("inf"))
+            else:
+                scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
+            values = values_of(scores, centre, kind)
+            weights = tl.where(kind == EACH_TOKEN, 1.0, tl.exp(scores - most))
             above_one += tl.where(values >= one, weights, 0.0)
             above_two += tl.where(values >= two, weights, 0.0)
             above_three += tl.where(values >= three, weights, 0.0)
@@ -304,6 +327,12 @@ def threshold(
         digit = tl.where(tl.sum(above_three, 0) >= target, 3, digit)
         order += digit * step
     return tl.where(order < ORDER_OF_MINUS_INFINITY, -float("inf"), float_of(order))
+
+
+@triton.jit
+def values_of(scores, centre, kind):
+    """By what `threshold` orders tokens with these scores."""
+    return tl.where(kind == MASS_BY_DISTANCE, -tl.abs(scores - centre), scores)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICES)
@@ -317,13 +346,16 @@ def select(
     stops,
     counts,
     bounds,
+    lists,
+    LIST: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """What top-k, top-p, typical-p and min-p keep of the rows that have any of them, as `kept` takes it. Grid [places].
 
-    Reads the row's logits (and counts) 17 times for top-k, 19 for top-p, 18 for typical-p, twice for min-p: the first
-    time out of memory, VOCAB * (size of a logit) bytes. About 30 operations a token and pass.
+    Reads the row's logits (and counts) 8 times for top-k, 10 for top-p, 8 for typical-p, twice for min-p: the first
+    time out of memory, VOCAB * (size of a logit) bytes. Reads 11 times `lists` [places, LIST], or where LIST is too
+    short the row. About 30 operations a token and pass.
     """
     place = tl.program_id(0)
     at = tl.load(rows + place)
@@ -331,7 +363,7 @@ def select(
     if not is_cut(words, reals, VOCAB):
         return
     row = row_of(place, rows, output_indices, parameters, floats, stops)
-    mine = logits + place.to(tl.int64) * stride
+    mine, candidates = logits + place.to(tl.int64) * stride, lists + place * LIST
     low, limit = tl.full((), -float("inf"), tl.float32), tl.full((), ALL_IDS, tl.int32)
     centre, radius = tl.full((), 0.0, tl.float32), tl.full((), float("inf"), tl.float32)
 
@@ -342,39 +374,30 @@ def select(
     most = tl.max(largest, 0)
     most = tl.where(most == -float("inf"), 0.0, most)
 
-    top_k = tl.load(words + TOP_K)
-    if (top_k > 0) & (top_k < VOCAB):
-        low = threshold(
-            top_k.to(tl.float32), most, mine, row, counts, low, limit, centre, radius, EACH_TOKEN, VOCAB, TILE
-        )
-
-    top_p = tl.load(reals + TOP_P)
-    if top_p < 1.0:
-        masses = tl.zeros((TILE,), tl.float32)
-        for start in range(0, VOCAB, TILE):
-            scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
-            masses += tl.exp(scores - most)
-        target = top_p * tl.sum(masses, 0)
-        edge = threshold(target, most, mine, row, counts, low, limit, centre, radius, MASS, VOCAB, TILE)
-        if (edge >= low) & (edge > -float("inf")):
-            low = edge
-            limit = last_of_ties(target, edge, most, mine, row, counts, VOCAB, TILE)
-
-    typical_p = tl.load(reals + TYPICAL_P)
-    if typical_p < 1.0:
-        masses = tl.zeros((TILE,), tl.float32)
-        moments = tl.zeros((TILE,), tl.float32)
-        for start in range(0, VOCAB, TILE):
-            scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
-            weights = tl.exp(scores - most)
-            masses += weights
-            moments += tl.where(weights > 0, weights * (scores - most), 0.0)
-        mass = tl.sum(masses, 0)
-        # surprise minus entropy is the mean of all scores minus the token's own
-        centre = most + tl.sum(moments, 0) / mass
-        radius = -threshold(
-            typical_p * mass, most, mine, row, counts, low, limit, centre, radius, MASS_BY_DISTANCE, VOCAB, TILE
-        )
+    top_k, top_p, typical_p = tl.load(words + TOP_K), tl.load(reals + TOP_P), tl.load(reals + TYPICAL_P)
+    for kind in range(3):
+        asks = ((kind == EACH_TOKEN) & (top_k > 0) & (top_k < VOCAB)) | ((kind == MASS) & (top_p < 1.0))
+        if asks | ((kind == MASS_BY_DISTANCE) & (typical_p < 1.0)):
+            masses, moments = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+            for start in range(0, VOCAB, TILE):
+                scores, _ = kept_scores(start, mine, row, counts, low, limit, centre, radius, VOCAB, TILE)
+                weights = tl.exp(scores - most)
+                masses += weights
+                moments += tl.where(weights > 0, weights * (scores - most), 0.0)
+            mass = tl.sum(masses, 0)
+            target = tl.where(kind == EACH_TOKEN, top_k.to(tl.float32), tl.where(kind == MASS, top_p, typical_p) * mass)
+            if kind == MASS_BY_DISTANCE:
+                # surprise minus entropy is the mean of all scores minus the token's own
+                centre = most + tl.sum(moments, 0) / mass
+            edge = threshold(
+                kind, target, most, mine, candidates, row, counts, low, limit, centre, radius, LIST, VOCAB, TILE
+            )
+            if kind == MASS_BY_DISTANCE:
+                radius = -edge
+            elif (edge >= low) & (edge > -float("inf")):
+                low = edge
+                if kind == MASS:
+                    limit = last_of_ties(target, edge, most, mine, row, counts, VOCAB, TILE)
 
     min_p = tl.load(reals + MIN_P)
     if min_p > 0.0:
@@ -533,8 +556,9 @@ class _Step:
         scan[grid](*self._common, *places, AFTER_CUT=False, TILE=tile, num_warps=SCAN_WARPS, **EXACT)
         if processors.cuts:
             size = _tile(self._vocab_size, SELECT_TILE)
+            lists = torch.empty((self._num_places, LIST_LENGTH), dtype=torch.float32, device=self._rows.device)
             options = {"VOCAB": self._vocab_size, "TILE": size, "num_warps": SELECT_WARPS, **EXACT}
-            select[(self._num_places,)](*self._common, self._bounds, **options)
+            select[(self._num_places,)](*self._common, self._bounds, lists, LIST=LIST_LENGTH, **options)
             scan[grid](*self._common, *places, AFTER_CUT=True, TILE=tile, num_warps=SCAN_WARPS, **EXACT)
         return partials
 
@@ -608,6 +632,7 @@ def specimens() -> list[Specimen]:
     step = {"logits": "*bf16", "bounds": "*fp32", **rows}
     part = {**step, **tiles, "first_id": width, "num_columns": width, "vocab_size": width}
     tile, after = {"AFTER_CUT": False, "TILE": SCAN_TILE}, {"AFTER_CUT": True, "TILE": SCAN_TILE}
+    row = {"LIST": LIST_LENGTH, "VOCAB": 128_256, "TILE": SELECT_TILE}
     whole, cuts = {**step, "tops": "*i32", "out": "*fp32", "vocab_size": width}, {"CUTS": True, "TILE": SCAN_TILE}
     last = {"rows": "*i32", "parameters": "*i32", "last_ids": "*i32", "counts": "*i32", "answer": "*i32"}
     last |= {"answer_floats": "*fp32", "normalisers": "*fp32", "num_ranks": "i32", "num_tiles": "i32", **tiles}
@@ -616,7 +641,7 @@ def specimens() -> list[Specimen]:
         Specimen("bf16", scan, part, tile, is_decode=True, num_warps=SCAN_WARPS),
         Specimen("fp32", scan, {**part, "logits": "*fp32"}, tile, is_decode=True, num_warps=SCAN_WARPS),
         Specimen("bf16 after a cut", scan, part, after, is_decode=True, num_warps=SCAN_WARPS),
-        Specimen("bf16", select, step, {"VOCAB": 128_256, "TILE": SELECT_TILE}, is_decode=True, num_warps=SELECT_WARPS),
+        Specimen("bf16", select, {**step, "lists": "*fp32"}, row, is_decode=True, num_warps=SELECT_WARPS),
         Specimen("bf16", wanted_scores, whole, cuts, is_decode=True, num_warps=SCAN_WARPS),
         Specimen("64 tiles", finish, last, {"LANES": 64}, is_decode=True, num_warps=1),
     ]
