@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ def interpreter_as_a_device() -> Iterator[None]:
         patch.setattr(builder, "create_dot", _widening(builder.create_dot))
         patch.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter._patch_lang_tensor))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _called_quickly(interpreter.InterpretedFunction))
+        # what it works out for overflow checks nobody reads, since it runs without debugging
+        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
 
 
