@@ -15,8 +15,8 @@ from tests.support import tiny_models
 from tests.support.paged import load_decoder
 from tests.worker.model.quant.test_linear import matrix_of, numbers_of, roundings
 from worker.kernels.triton import products, quantised
-from worker.kernels.triton.products import FLOAT8, INTEGERS, MAX_ROWS, NIBBLES
-from worker.kernels.triton.quantised import QuantisedLinear, in_float8, linear_for_gpu, nibbles
+from worker.kernels.triton.products import FLOAT8, INTEGERS, MAX_ROWS, NIBBLES, PLACES
+from worker.kernels.triton.quantised import FLOAT8_NOTE, QuantisedLinear, for_gpu, in_float8, linear_for_gpu, nibbles
 from worker.model.checkpoint import Checkpoint
 from worker.model.config import read_config
 from worker.model.families import read_spec
@@ -24,13 +24,15 @@ from worker.model.loading import load_weights, weight_bytes
 from worker.model.quant.choice import MADE, choose_quantisation
 from worker.model.quant.linear import CodedLinear, MakeProduct
 from worker.model.quant.matrix import QuantisedMatrix
+from worker.model.quant.reading import EIGHT_BITS_NOTE
+from worker.model.quant.scheme import Quantisation
 from worker.model.weights import DenseLinear, Linear, MlpWeights
 
 DTYPES = (torch.bfloat16, torch.float16)
 BAR = 1
 """Roundings of the type, of the sum of the products' sizes: codes are multiplied as they are, sums are float32."""
 KINDS = {"u4": NIBBLES, "u4plain": NIBBLES, "u2": NIBBLES, "u8": INTEGERS, "i8": INTEGERS, "i8zeros": INTEGERS}
-KINDS |= {"f8": FLOAT8}
+KINDS |= {"f8": FLOAT8, "t4": PLACES}
 SIZES = [(7, 40, None), (20, 33, None), (3, 1, None), (70, 256, 32), (33, 192, 64), (18, 256, 128), (5, 96, 96)]
 COUNTS = (1, 2, MAX_ROWS, MAX_ROWS + 1)
 
@@ -46,7 +48,8 @@ def moved(layer: Linear, device: torch.device) -> Linear:
     matrix = layer.matrix
     codes = there(matrix.codes)
     assert codes is not None
-    matrix = replace(matrix, codes=codes, scale=there(matrix.scale), zero=there(matrix.zero))
+    tensors = {name: there(getattr(matrix, name)) for name in ("scale", "zero", "table")}
+    matrix = replace(matrix, codes=codes, **tensors)
     return replace(layer, matrix=matrix, order=there(layer.order), bias=there(layer.bias))
 
 
@@ -57,7 +60,8 @@ def error(layer: Linear, x: Tensor, matrix: QuantisedMatrix, bias: Tensor | None
 
 
 def inputs(count: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(count)).to(dtype)
+    """So large that float16 holds what becomes of them without losing bits."""
+    return (16 * torch.randn(count, width, generator=torch.Generator().manual_seed(count))).to(dtype)
 
 
 def rounded(matrix: QuantisedMatrix) -> QuantisedMatrix:
@@ -124,11 +128,11 @@ def test_columns_in_another_order_than_their_groups_are_put_in_order(device):
 
 
 def test_what_has_no_kernel_is_dequantised(device):
-    odd_groups, table = matrix_of(8, 40, "u4", 20), matrix_of(8, 64, "t4", 32)
+    odd_groups, wide_table = matrix_of(8, 40, "u4", 20), replace(matrix_of(8, 64, "t4", 32), num_bits=8)
     halves = replace(matrix_of(8, 64, "u4", 32), zero=torch.full((8, 2), 0.3))
     unequal = matrix_of(8, 64, "u4", 32)
     unequal = replace(unequal, groups=(torch.arange(64) >= 16).long())
-    for matrix in (odd_groups, table, halves, unequal):
+    for matrix in (odd_groups, wide_table, halves, unequal):
         assert isinstance(linear_for_gpu(matrix, None, torch.bfloat16), CodedLinear)
     assert isinstance(linear_for_gpu(matrix_of(8, 64, "u4", 32), None, torch.float32), CodedLinear)
     wide = replace(matrix_of(8, 64, "f8"), codes=torch.randn(8, 64).to(torch.float8_e5m2))
@@ -214,6 +218,15 @@ def test_other_sizes_and_types_are_not_rounded(device, monkeypatch, shape, size,
     assert isinstance(layer, QuantisedLinear) and not layer.rounds_inputs
 
 
+def test_the_log_says_what_becomes_of_activations(monkeypatch):
+    stored = Quantisation("fp8", notes=("kept", EIGHT_BITS_NOTE))
+    for has_cores, notes in ((False, stored.notes), (True, ("kept", FLOAT8_NOTE))):
+        monkeypatch.setattr(quantised, "has_float8", lambda has_cores=has_cores: has_cores)
+        assert for_gpu(stored).notes == notes and for_gpu(stored).product is linear_for_gpu
+        assert for_gpu(MADE["fp8"]).notes == ((FLOAT8_NOTE,) if has_cores else ())
+        assert for_gpu(MADE["int4"]).notes == ()
+
+
 # From files.
 
 
@@ -222,6 +235,7 @@ FORMATS = {
     "awq": formats.awq(32),
     "int8": formats.compressed("int-quantized", num_bits=8, strategy="channel"),
     "fp8": formats.fp8(),
+    "nf4": formats.bitsandbytes("nf4"),
 }
 
 

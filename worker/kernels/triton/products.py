@@ -34,9 +34,10 @@ RUN_BYTES = 16
 """What a thread reads at once. The products of such a run are added up before anything else is done with them."""
 SUM_ELEMENTS = 1024
 
-DENSE, INTEGERS, NIBBLES, FLOAT8 = 0, 1, 2, 3
-"""What a matrix is made of: numbers, whole numbers of a byte, eight of half a byte in a word, or float8_e4m3fn."""
-_DENSE, _NIBBLES, _FLOAT8 = tl.constexpr(DENSE), tl.constexpr(NIBBLES), tl.constexpr(FLOAT8)
+DENSE, INTEGERS, FLOAT8, NIBBLES, PLACES = range(5)
+"""What a matrix is made of: numbers, whole numbers of a byte, float8_e4m3fn, or words of eight times half a byte, which
+is a whole number or a place in a table."""
+_DENSE, _FLOAT8, _NIBBLES, _PLACES = map(tl.constexpr, (DENSE, FLOAT8, NIBBLES, PLACES))
 
 
 @triton.jit
@@ -46,14 +47,15 @@ def _float8_bits(codes):
 
 
 @triton.jit
-def _numbers(codes, KIND: tl.constexpr):
+def _numbers(codes, table, KIND: tl.constexpr):
     """float32 of bytes [rows, columns], or of words [rows, columns / 8]."""
     if KIND == _FLOAT8:
         return _float8_bits(codes) * 1.329227995784916e36
-    elif KIND == _NIBBLES:
+    elif KIND >= _NIBBLES:
         words = tl.reshape(codes, [codes.shape[0], codes.shape[1] // 4, 1, 4])
         nibbles = words >> tl.arange(0, 8)[None, None, :, None] * 4 & 15
-        return tl.reshape(nibbles, [codes.shape[0], codes.shape[1] * 8]).to(tl.float32)
+        numbers = nibbles if KIND == _NIBBLES else tl.load(table + nibbles)
+        return tl.reshape(numbers.to(tl.float32), [codes.shape[0], codes.shape[1] * 8])
     else:
         return codes.to(tl.float32)
 
@@ -75,7 +77,7 @@ def _sums_of_runs(codes, x, start, k, KIND: tl.constexpr, BLOCK_K: tl.constexpr,
 
 
 @triton.jit
-def _sums_of_words(words, x, start, k, BLOCK_K: tl.constexpr):
+def _sums_of_words(words, x, table, start, k, KIND: tl.constexpr, BLOCK_K: tl.constexpr):
     """The same of `words` [rows, BLOCK_K], in runs of four.
 
     Four bits anywhere in the mantissa are a float32 without exponent, code * 2^(place - 149), which a product takes as
@@ -85,11 +87,16 @@ def _sums_of_words(words, x, start, k, BLOCK_K: tl.constexpr):
     columns = start * 8 + tl.arange(0, BLOCK_K // 4)[:, None, None] * 32 + nibbles * 4 + tl.arange(0, 4)[None, None, :]
     inputs = tl.load(x + columns, columns < k, 0.0).to(tl.float32)
     of_inputs = tl.sum(tl.sum(inputs, 2), 1)[None, :]
-    places = nibbles % 4 * 4
-    inputs *= (207 - places << 23).to(tl.float32, bitcast=True)
     words = tl.reshape(words.to(tl.uint32, bitcast=True), [words.shape[0], BLOCK_K // 4, 1, 4])
-    numbers = (words >> (nibbles // 4 * 16)[None] & (15 << places)[None]).to(tl.float32, bitcast=True)
-    return tl.sum(tl.sum(numbers * inputs[None], 3), 2) * 5.902958103587057e20, of_inputs
+    if KIND == _PLACES:
+        numbers = tl.load(table + (words >> (nibbles * 4)[None] & 15)).to(tl.float32)
+        sums = tl.sum(tl.sum(numbers * inputs[None], 3), 2)
+    else:
+        places = nibbles % 4 * 4
+        inputs *= (207 - places << 23).to(tl.float32, bitcast=True)
+        numbers = (words >> (nibbles // 4 * 16)[None] & (15 << places)[None]).to(tl.float32, bitcast=True)
+        sums = tl.sum(tl.sum(numbers * inputs[None], 3), 2) * 5.902958103587057e20
+    return sums, of_inputs
 
 
 @triton.jit
@@ -98,6 +105,7 @@ def multiply_row(
     matrix,
     scale,
     zero,
+    table,
     bias,
     out,
     n,
@@ -118,7 +126,7 @@ def multiply_row(
     `out`.
 
     Nibbles: of every 32 columns, number 4 * i + j is in the i-th nibble of word j, the lowest bits first. `scale` and
-    `zero` [n, num_groups] are for GROUP elements of a row, or with GROUP 0 for all.
+    `zero` [n, num_groups] are for GROUP elements of a row, or with GROUP 0 for all. `table` [16] is of PLACES.
 
     Reads n * width * bytes of an element + 4 * n * num_groups, and x from the caches; does 2 * n * k operations. Memory
     is the limit as long as a number takes no more than some three instructions: it is multiplied by no tensor core,
@@ -133,8 +141,8 @@ def multiply_row(
     for start in tl.range(part * span, tl.minimum(part * span + span, width), BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         codes = tl.load(lines + columns[None, :], is_row & (columns < width)[None, :], 0)
-        if KIND == _NIBBLES:
-            of_codes, of_inputs = _sums_of_words(codes, x, start, k, BLOCK_K)
+        if KIND >= _NIBBLES:
+            of_codes, of_inputs = _sums_of_words(codes, x, table, start, k, KIND, BLOCK_K)
         else:
             of_codes, of_inputs = _sums_of_runs(codes, x, start, k, KIND, BLOCK_K, RUN)
         firsts = start + tl.arange(0, BLOCK_K // RUN) * RUN
@@ -159,6 +167,7 @@ def multiply_rows(
     matrix,
     scale,
     zero,
+    table,
     bias,
     out,
     m,
@@ -190,7 +199,7 @@ def multiply_rows(
     lines = matrix + outputs.to(tl.int64)[:, None] * width
     inputs = x + tokens.to(tl.int64)[None, :] * k
     scales, zeros = scale + outputs[:, None] * num_groups, zero + outputs[:, None] * num_groups
-    EACH: tl.constexpr = 8 if KIND == _NIBBLES else 1
+    EACH: tl.constexpr = 8 if KIND >= _NIBBLES else 1
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(part * span, tl.minimum(part * span + span, width), BLOCK_K):
         places, columns = start + tl.arange(0, BLOCK_K), start * EACH + tl.arange(0, BLOCK_K * EACH)
@@ -199,7 +208,7 @@ def multiply_rows(
         if KIND == _DENSE:
             sums = tl.dot(codes, values, sums)
         else:
-            numbers, group = _numbers(codes, KIND), start // GROUP if GROUP else 0
+            numbers, group = _numbers(codes, table, KIND), start // GROUP if GROUP else 0
             if HAS_ZERO:
                 # whole numbers of eight bits, which every type holds
                 numbers -= tl.load(zeros + group, is_output, 0.0).to(tl.float32)
@@ -235,7 +244,8 @@ def add_parts(parts, bias, out, size, n, num_parts, HAS_BIAS: tl.constexpr, ELEM
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """[n, num_columns] numbers of which `codes` [n, width] are what is stored, of one KIND; less `zero` and times
-    `scale` [n, groups], of which each has `group_size` of what is stored, or with 0 a row."""
+    `scale` [n, groups], of which each has `group_size` of what is stored, or with 0 a row. `table` [16] is for PLACES,
+    of float16: what is read again and again is not to be copied into shared memory first, as four bytes would."""
 
     codes: Tensor
     num_columns: int
@@ -243,10 +253,11 @@ class Matrix:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group_size: int = 0
+    table: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes_of(self.codes, self.scale, self.zero)
+        return num_bytes_of(self.codes, self.scale, self.zero, self.table)
 
     @property
     def num_groups(self) -> int:
@@ -289,7 +300,12 @@ def _launch(
     (m, k), (n, width) = x.shape, matrix.codes.shape
     codes = matrix.codes if matrix.kind != FLOAT8 else matrix.codes.view(torch.int8)
     # what is not there is not read, but has to be a pointer
-    tensors = (x, codes, *(out if each is None else each for each in (matrix.scale, matrix.zero, bias)), out)
+    tensors = (
+        x,
+        codes,
+        *(out if each is None else each for each in (matrix.scale, matrix.zero, matrix.table, bias)),
+        out,
+    )
     sizes, flags = (n, k, width, matrix.num_groups, span), _flags(matrix, m, tiles)
     if m == 1:
         grid = (triton.cdiv(n, tiles.n), num_parts)
@@ -329,10 +345,10 @@ def _tiles_of_row(matrix: Matrix) -> Tiles:
 def _tiles_of_rows(matrix: Matrix, m: int) -> Tiles:
     """Few rows wait for memory, with small tiles on the way for many programs; many rows share what was read."""
     columns = 128 if m <= MAX_ROWS else 64
-    elements = columns // 8 if matrix.kind == NIBBLES else columns
+    elements = columns // 8 if matrix.kind >= NIBBLES else columns
     elements = min(elements, matrix.group_size & -matrix.group_size or elements)
     if m <= MAX_ROWS:
-        is_wide = matrix.kind == NIBBLES or len(matrix.codes) >= 64 * FULL
+        is_wide = matrix.kind >= NIBBLES or len(matrix.codes) >= 64 * FULL
         return Tiles(MAX_ROWS, 64 if is_wide else 32, elements, 4, 4)
     return Tiles(64, 64, elements, 4, 3) if m <= 64 else Tiles(128, 128, elements, 8, 3)
 
@@ -387,6 +403,7 @@ def specimen_of(name: str, matrix: Matrix, m: int) -> Specimen:
     codes = torch.empty(0, dtype=torch.int8) if matrix.kind == FLOAT8 else matrix.codes
     out = "*bf16" if num_parts == 1 else "*fp32"
     tensors = {"x": "*bf16", "matrix": _pointer(codes), "scale": _pointer(matrix.scale), "zero": _pointer(matrix.zero)}
+    tensors |= {"table": _pointer(matrix.table)}
     types = tensors | {"bias": "*bf16", "out": out} | {key: _integer(size) for key, size in sizes.items()}
     kernel = multiply_row if m == 1 else multiply_rows
     constants = _flags(matrix, m, tiles) | {"HAS_BIAS": False}

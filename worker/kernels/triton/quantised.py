@@ -22,6 +22,7 @@ from worker.kernels.triton.products import (
     INTEGERS,
     MAX_ROWS,
     NIBBLES,
+    PLACES,
     UP,
     FewRowLinear,
     Matrix,
@@ -31,7 +32,9 @@ from worker.kernels.triton.products import (
 from worker.model.lora import AdaptedLinear
 from worker.model.quant.linear import coded_linear
 from worker.model.quant.matrix import QuantisedMatrix
+from worker.model.quant.reading import EIGHT_BITS_NOTE
 from worker.model.quant.rounding import LEAST_SCALE
+from worker.model.quant.scheme import Quantisation
 from worker.model.weights import DenseLinear, Linear, num_bytes_of
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -120,38 +123,56 @@ def has_float8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def linear_for_gpu(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """The fastest product with `matrix` that there is on a GPU for inputs of `dtype`, in memory of the host still.
+FLOAT8_NOTE = (
+    f"products with fp8 weights round activations to 8 bits in steps of more than {MAX_ROWS} tokens: this GPU is "
+    "fastest with both"
+)
 
-    What has no kernel (other types than DTYPES, tables of numbers, odd groups) is dequantised for every product.
+
+def for_gpu(quantisation: Quantisation) -> Quantisation:
+    """The same with a GPU's products."""
+    notes = quantisation.notes
+    if has_float8() and (quantisation.name == "fp8" or EIGHT_BITS_NOTE in notes):
+        notes = (*(note for note in notes if note != EIGHT_BITS_NOTE), FLOAT8_NOTE)
+    return replace(quantisation, product=linear_for_gpu, notes=notes)
+
+
+def linear_for_gpu(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """The fastest product with `matrix` that there is on a GPU for inputs of `dtype`, where its codes are.
+
+    What has no kernel (other types than DTYPES, odd groups, zeros that are no whole numbers) is dequantised for every
+    product.
     """
     ordered = matrix.in_groups() if dtype in DTYPES else None
     packed = None if ordered is None else _packed(ordered[0])
     if ordered is None or packed is None:
         return coded_linear(matrix, bias, dtype)
+    order = None if ordered[1] is None else ordered[1].to(packed.codes.device)
     can_round = packed.kind == FLOAT8 and not packed.group_size and dtype is torch.bfloat16
     fits = not any(size % SCALED_UNIT for size in packed.codes.shape)
-    return QuantisedLinear(packed, ordered[1], bias, can_round and fits and has_float8())
+    return QuantisedLinear(packed, order, bias, can_round and fits and has_float8())
 
 
 def _packed(matrix: QuantisedMatrix) -> Matrix | None:
     """None if there is no kernel for it."""
     kind, zero = _kind(matrix), matrix.zero
     size = 0 if matrix.scale.shape[1] == 1 else matrix.shape[1] // matrix.scale.shape[1]
-    unit = NIBBLE_UNIT if kind == NIBBLES else BYTE_UNIT
+    is_small = kind in (NIBBLES, PLACES)
+    unit = NIBBLE_UNIT if is_small else BYTE_UNIT
     has_odd_zeros = zero is not None and not torch.equal(zero.half().float(), zero)
     if kind is None or size % unit or has_odd_zeros:
         return None
     zero = None if zero is None else zero.half()
-    codes = nibbles(matrix.codes) if kind == NIBBLES else matrix.codes.contiguous()
+    codes = nibbles(matrix.codes) if is_small else matrix.codes.contiguous()
     # torch's product of eight bits takes no other than these
     scale = matrix.scale if kind == FLOAT8 and not size else _narrow(matrix.scale)
-    return Matrix(codes, matrix.shape[1], kind, scale, zero, size // 8 if kind == NIBBLES else size)
+    table = None if matrix.table is None else matrix.table.to(codes.device, torch.float16)
+    return Matrix(codes, matrix.shape[1], kind, scale, zero, size // 8 if is_small else size, table)
 
 
 def _kind(matrix: QuantisedMatrix) -> int | None:
     if matrix.table is not None:
-        return None
+        return PLACES if matrix.num_bits == 4 and matrix.zero is None else None
     if matrix.codes.dtype is torch.float8_e4m3fn:
         return FLOAT8
     if matrix.codes.dtype is torch.uint8 and matrix.num_bits <= 4:
@@ -205,6 +226,8 @@ def specimens() -> list[Specimen]:
     for name, (n, k), counts in (("up", UP, (1, MANY_ROWS)), ("down", DOWN, (1, MAX_ROWS))):
         kinds = {"int8": _empty(n, k, torch.int8, INTEGERS), "fp8": _empty(n, k, torch.float8_e4m3fn, FLOAT8)}
         kinds |= {f"int4_{size}": _empty(n, k, torch.int32, NIBBLES, size) for size in (64, 128)}
+        table = torch.empty(16, dtype=torch.float16, device="meta")
+        kinds["nf4"] = replace(kinds["int4_64"], kind=PLACES, zero=None, table=table)
         found += [specimen_of(f"{kind}_{name}_{m}", kinds[kind], m) for kind in kinds for m in counts]
     signature = {"x": "*bf16", "codes": "*u8", "scale": "*fp32", "k": "i32:16"}
     block = {"BLOCK": triton.next_power_of_2(DOWN[1])}

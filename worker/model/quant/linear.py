@@ -232,7 +232,7 @@ class CodedLinear:
 def coded_linear(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) -> CodedLinear:
     """`dtype` is that of the products; scales stay float32 where it is narrower."""
     wide = torch.promote_types(dtype, torch.float32)
-    groups = None if matrix.group_size() else matrix.groups
+    groups = None if matrix.group_size() else matrix.groups.to(matrix.codes.device)
     codes, pairs = matrix.codes, None
     if matrix.num_bits <= 4 and codes.shape[1] % 2 == 0:
         codes, pairs = codes[:, ::2] | codes[:, 1::2] << 4, _pairs_of_nibbles(matrix.table)
@@ -241,6 +241,7 @@ def coded_linear(matrix: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtyp
     elif matrix.table is not None:
         codes = matrix.table.to(codes.device)[codes.int()].to(dtype)
     zero = None if matrix.zero is None else matrix.zero.to(wide)
+    pairs = None if pairs is None else pairs.to(codes.device)
     return CodedLinear(codes, pairs, matrix.scale.to(wide), zero, groups, bias)
 
 
