@@ -15,7 +15,7 @@ PATH = Path(__file__).resolve().parents[1] / "docs" / "data" / "triton.json"
 
 
 def usages() -> list[Usage]:
-    return sorted(compile(specimen, target) for specimen in all_specimens() for target in TARGETS)
+    return sorted(compile(specimen, target) for specimen in all_specimens() for target in specimen.targets)
 
 
 def table(found: Sequence[dict[str, str | int]]) -> str:

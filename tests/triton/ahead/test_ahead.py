@@ -23,8 +23,14 @@ def greedy_kernel(x, y, SIZE: tl.constexpr):
     tl.store(y + places, tl.dot(tile, tile) + tl.dot(tl.trans(tile), tile))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("specimen", SPECIMENS, ids=[f"{each.kernel_name}-{each.name}" for each in SPECIMENS])
+@pytest.mark.parametrize(
+    ("specimen", "target"),
+    [
+        pytest.param(each, target, id=f"{each.kernel_name}, {each.name}, {target}")
+        for each in SPECIMENS
+        for target in each.targets
+    ],
+)
 def test_a_kernel_compiles_and_none_of_decoding_spills(specimen, target):
     assert not knobs.runtime.interpret
     usage = compile(specimen, target)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from worker.attention import Batch, LayerShape
+from worker.attention import Attention, Batch, LayerShape
 from worker.attention.cpu import CpuAttention
+from worker.attention.pages import page_width, write_pages
 from worker.attention.plan import Plan
 from worker.attention.reference import ReferenceAttention
 
@@ -46,6 +47,26 @@ def random_case(
     q = torch.randn((sum(counts), kv_heads * group, 16), generator=generator).to(dtype)
     starts = np.array(lengths) - np.array(counts)
     return Case(q, k_pages, v_pages, Batch(np.array(counts), starts, tables, torch.zeros(0, dtype=torch.int64)))
+
+
+def sized_case(
+    head_dim: int, kv_heads: int, group: int, page_size: int, dtype: torch.dtype, kv_type: torch.dtype | None = None
+) -> Case:
+    """Five rows, one of them a whole prompt of 130 tokens, whose pages hold what was written to them."""
+    lengths, counts = np.array([1, 30, 130, 600, 90]), np.array([1, 1, 130, 2, 40])
+    num_pages = -(-lengths // page_size)
+    order, tables = np.random.default_rng(3).permutation(num_pages.sum()) + 1, np.zeros((5, num_pages.max()), np.int64)
+    for row, (first, count) in enumerate(zip(np.cumsum(num_pages) - num_pages, num_pages, strict=True)):
+        tables[row, :count] = order[first : first + count]
+    generator, kv_type = torch.Generator().manual_seed(head_dim), kv_type or dtype
+    shape = (int(num_pages.sum()) + 1, page_size, kv_heads, page_width(head_dim, kv_type))
+    pages = []
+    for _ in range(2):
+        numbers = torch.randn((shape[0] * page_size, kv_heads, head_dim), generator=generator).to(dtype)
+        pages.append(torch.zeros(shape, dtype=torch.uint8 if kv_type.itemsize == 1 else kv_type).view(kv_type))
+        write_pages(pages[-1], numbers, torch.arange(len(numbers)))
+    q = torch.randn((int(counts.sum()), kv_heads * group, head_dim), generator=generator).to(dtype)
+    return Case(q, *pages, Batch(counts, lengths - counts, tables, torch.zeros(0, dtype=torch.int64)))
 
 
 def encoding(case: Case) -> Case:
@@ -108,9 +129,20 @@ def kind_case(
     return case, kind.shape(kv_heads * kind.group)
 
 
-def run(attention: CpuAttention | ReferenceAttention, case: Case, layer: LayerShape) -> torch.Tensor:
+def run(attention: Attention, case: Case, layer: LayerShape) -> torch.Tensor:
     meta = attention.prepare(case.batch, case.k_pages.shape[1])
     return attention.attend(case.q, case.k_pages, case.v_pages, meta, layer)
+
+
+def exact(case: Case, layer: LayerShape) -> torch.Tensor:
+    """By the oracle in float64."""
+    wide = (part.double() for part in (case.q, case.k_pages, case.v_pages))
+    return run(ReferenceAttention(), Case(*wide, case.batch), layer)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the largest number of the result."""
+    return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 def difference(case: Case, layer: LayerShape, other: LayerShape | None = None, other_case: Case | None = None) -> float:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.worker.attention.cases import KINDS, Case, kind_case, random_case
+from tests.worker.attention.cases import KINDS, Case, error, exact, kind_case, random_case, sized_case
 from worker.attention import Batch, LayerShape
 from worker.attention.native import NativeAttention
-from worker.attention.pages import page_width, write_pages
 from worker.attention.reference import ReferenceAttention
 from worker.kernels.build import cpu_flags, load_library, supported_levels
 
@@ -47,15 +46,6 @@ def run(attention, case: Case, layer: LayerShape) -> torch.Tensor:
     return attention.attend(case.q, case.k_pages, case.v_pages, meta, layer)
 
 
-def exact(case: Case, layer: LayerShape) -> torch.Tensor:
-    wide = (part.double() for part in (case.q, case.k_pages, case.v_pages))
-    return run(ReferenceAttention(), Case(*wide, case.batch), layer)
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).abs().max() / expected.abs().max())
-
-
 def mixed_case(kind: str, dtype: torch.dtype) -> tuple[Case, LayerShape]:
     rows = dict(lengths=ENCODED, counts=ENCODED) if KINDS[kind].is_encoder else MIXED
     return kind_case(kind, **rows, dtype=dtype)
@@ -83,25 +73,6 @@ def test_heads_of_any_size_and_number_equal_the_reference(native, dtype, head_di
     assert error(run(native, case, layer), expected) <= BARS[dtype]
     shifted = case._replace(batch=replace(case.batch, starts=np.maximum(case.batch.starts - 1, 0)))
     assert error(run(native, shifted, layer), expected) > 2 * BARS[dtype]
-
-
-def sized_case(
-    head_dim: int, kv_heads: int, group: int, page_size: int, dtype: torch.dtype, kv_type: torch.dtype | None = None
-) -> Case:
-    lengths, counts = np.array([1, 30, 130, 600, 90]), np.array([1, 1, 130, 2, 40])
-    num_pages = -(-lengths // page_size)
-    order, tables = np.random.default_rng(3).permutation(num_pages.sum()) + 1, np.zeros((5, num_pages.max()), np.int64)
-    for row, (first, count) in enumerate(zip(np.cumsum(num_pages) - num_pages, num_pages, strict=True)):
-        tables[row, :count] = order[first : first + count]
-    generator, kv_type = torch.Generator().manual_seed(head_dim), kv_type or dtype
-    shape = (int(num_pages.sum()) + 1, page_size, kv_heads, page_width(head_dim, kv_type))
-    pages = []
-    for _ in range(2):
-        numbers = torch.randn((shape[0] * page_size, kv_heads, head_dim), generator=generator).to(dtype)
-        pages.append(torch.zeros(shape, dtype=torch.uint8 if kv_type.itemsize == 1 else kv_type).view(kv_type))
-        write_pages(pages[-1], numbers, torch.arange(len(numbers)))
-    q = torch.randn((int(counts.sum()), kv_heads * group, head_dim), generator=generator).to(dtype)
-    return Case(q, *pages, Batch(counts, lengths - counts, tables, torch.zeros(0, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("kv_type", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -35,6 +35,7 @@ class Specimen:
                  if divisible by 16, as pointers always are
     constexprs   values of all others
     is_decode    part of the step in which each row has one token, where nothing may be spilled
+    targets      architectures that it is for
     """
 
     name: str
@@ -44,6 +45,7 @@ class Specimen:
     is_decode: bool = False
     num_warps: int = 4
     num_stages: int = 3
+    targets: tuple[str, ...] = tuple(TARGETS)
 
     @property
     def kernel_name(self) -> str:
@@ -64,8 +66,9 @@ class Usage:
 
 
 def modules() -> list[ModuleType]:
-    """All that have kernels."""
-    found = [import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
+    """All that have specimens of kernels."""
+    names = [f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)]
+    found = [import_module(name) for name in (*names, "worker.attention.triton")]
     return [each for each in found if hasattr(each, "specimens")]
 
 
