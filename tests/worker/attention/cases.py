@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -50,12 +50,19 @@ def random_case(
 
 
 def sized_case(
-    head_dim: int, kv_heads: int, group: int, page_size: int, dtype: torch.dtype, kv_type: torch.dtype | None = None
+    head_dim: int,
+    kv_heads: int,
+    group: int,
+    page_size: int,
+    dtype: torch.dtype,
+    kv_type: torch.dtype | None = None,
+    lengths: Sequence[int] = (1, 30, 130, 600, 90),
+    counts: Sequence[int] = (1, 1, 130, 2, 40),
 ) -> Case:
-    """Five rows, one of them a whole prompt of 130 tokens, whose pages hold what was written to them."""
-    lengths, counts = np.array([1, 30, 130, 600, 90]), np.array([1, 1, 130, 2, 40])
-    num_pages = -(-lengths // page_size)
-    order, tables = np.random.default_rng(3).permutation(num_pages.sum()) + 1, np.zeros((5, num_pages.max()), np.int64)
+    """Rows whose pages hold what was written to them."""
+    num_pages = -(-np.array(lengths) // page_size)
+    order = np.random.default_rng(3).permutation(num_pages.sum()) + 1
+    tables = np.zeros((len(lengths), num_pages.max()), np.int64)
     for row, (first, count) in enumerate(zip(np.cumsum(num_pages) - num_pages, num_pages, strict=True)):
         tables[row, :count] = order[first : first + count]
     generator, kv_type = torch.Generator().manual_seed(head_dim), kv_type or dtype
@@ -65,8 +72,9 @@ def sized_case(
         numbers = torch.randn((shape[0] * page_size, kv_heads, head_dim), generator=generator).to(dtype)
         pages.append(torch.zeros(shape, dtype=torch.uint8 if kv_type.itemsize == 1 else kv_type).view(kv_type))
         write_pages(pages[-1], numbers, torch.arange(len(numbers)))
-    q = torch.randn((int(counts.sum()), kv_heads * group, head_dim), generator=generator).to(dtype)
-    return Case(q, *pages, Batch(counts, lengths - counts, tables, torch.zeros(0, dtype=torch.int64)))
+    q = torch.randn((sum(counts), kv_heads * group, head_dim), generator=generator).to(dtype)
+    starts = np.array(lengths) - np.array(counts)
+    return Case(q, *pages, Batch(np.array(counts), starts, tables, torch.zeros(0, dtype=torch.int64)))
 
 
 def encoding(case: Case) -> Case:
