@@ -91,6 +91,15 @@ def test_layers_keep_the_shape_of_inputs_and_leave_many_rows_to_torch(device, mo
     assert counts == [0, 1, 6, MAX_ROWS]
 
 
+def test_what_a_product_gives_may_be_added_to_in_place_as_adapters_do(device):
+    weight, x = random(20, 48, dtype=torch.float16, device=device), random(3, 48, dtype=torch.float16, device=device)
+    expected, layer = FewRowLinear(weight, None)(x) + 1, FewRowLinear(weight, None)
+    got = layer(x)
+    got[:, 5:] += 1
+    got[:, :5] += 1
+    assert torch.equal(got, expected) and torch.equal(layer(x) + 1, expected)
+
+
 def test_rows_that_are_no_neighbours_are_multiplied_too(device):
     weight, x = random(20, 48, dtype=torch.float16, device=device), random(48, 4, dtype=torch.float16, device=device)
     assert not x.t().is_contiguous()

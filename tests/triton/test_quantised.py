@@ -183,6 +183,18 @@ def test_eight_bits_of_inputs_are_those_that_torch_rounds_to(device):
     assert not torch.equal(codes.view(torch.uint8), wrong.view(torch.uint8))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_code_of_eight_bits_is_read_as_the_number_it_is(device, count):
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()][:, None]
+    assert len(codes) == 254 and codes.float().abs()[codes.float() != 0].min() == 2.0**-9
+    matrix = QuantisedMatrix(codes, torch.ones(254, 1), None, torch.zeros(1, dtype=torch.int64), 8)
+    layer = moved(linear_for_gpu(matrix, None, torch.float16), device)
+    assert isinstance(layer, QuantisedLinear)
+    got = layer(torch.ones(count, 1, dtype=torch.float16, device=device)).cpu()
+    assert torch.equal(got.float(), codes.float().t().repeat(count, 1))
+
+
 def test_rows_with_what_is_no_number_say_so_in_eight_bits(device):
     rows = torch.ones(4, 20, dtype=torch.bfloat16)
     rows[1, 3], rows[2, 4], rows[3] = float("nan"), float("-inf"), 0.0
