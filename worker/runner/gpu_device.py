@@ -1,22 +1,19 @@
 """The device of the engine core on a GPU: two batches in flight, and nobody waits but where the host reads.
 
-One copy brings all numbers of a step, one takes the results away. `→` are the three waits there are; the first two are
-of a stream for an event of another one, the last is the host's:
+One copy (▒) brings all numbers of a step, one takes its results away. Each → is a wait, and there are no others:
+computing waits for the numbers, the copy back for the sampler, and the host for that copy.
 
-    host      schedule  forward  collect, apply,  sample │ schedule  forward  collect, apply, …
-              N+1       N+1      send N           N+1    │ N+2       N+2      send N+1
-    copy in             numbers                          │           numbers
-                        of N+1 ─┐ numbers of N+1 are     │           of N+2 ─┐
-    compute   ░ sample N ░░░│   └→░░░ forward N+1 ░░░░░░░│ sample N+1 ░│     └→░░░ forward N+2 ░░░░░░
-                            └ results of N are ┐                       └ results of N+1 are ┐
-    copy out                                   └→ results                                   └→ results
-                                                  of N ──→ the host reads them                 of N+1 ──→
+    host      schedule  forward   collect, apply,  sample │ schedule  forward   collect, apply,  sample │
+              N+1       N+1    ┌→ send N           N+1    │ N+2       N+2    ┌→ send N+1         N+2    │
+    copy in             ▒─┐    │                          │           ▒─┐    │                          │
+    compute   ░ sample N ░└→░░░│░░░ forward N+1 ░░░░░░░░░░│ sample N+1 ░└→░░░│░░░ forward N+2 ░░░░░░░░░░│
+                         └┐    │                          │            └┐    │                          │
+    copy out              └→▒──┘                          │             └→▒──┘                          │
 
 Memory for a step's numbers and results, on both sides, is used again when the host has its results: by then all that
-the step launched is done. So nothing else needs to wait: what a step reads and writes besides, rows, pages and graphs'
-memory, belongs to the compute stream, which has an order. A late token of a request that left is written before whoever
-follows moves in, and all that is sampled on the device and not read by the host yet stays there: the next step finds it
-in `last_ids`.
+the step launched is done. What it reads and writes besides, rows, pages and graphs' memory, belongs to the compute
+stream, which has an order: the next step finds what was sampled in `last_ids`, read by the host or not, and a late token
+of a request that left is written before whoever follows moves in.
 
 With depth 0 the same calls come in another order, and every step is waited for.
 """
