@@ -22,6 +22,8 @@ from worker.runner.device_rows import Changes, DeviceRows, Words
 from worker.runner.gpu_sampler import Ask, num_alternatives
 from worker.runner.rows import AnyInts, Ints
 
+WORDS_OF_LINE = 4
+
 
 class Sections(NamedTuple):
     """int32, of the host or of the device: n rows, t tokens, k sampling ones.
@@ -79,13 +81,24 @@ class HostStep:
 
     def split(self, words: Tensor) -> Sections:
         """The device's copy of `words`."""
-        return Sections(*torch.split(words, self.sizes))
+        widths = [aligned(size) for size in self.sizes]
+        return Sections(*(each[:size] for each, size in zip(torch.split(words, widths), self.sizes, strict=True)))
 
 
 def pack(sections: Sequence[AnyInts]) -> tuple[Words, list[int]]:
-    """One array of all, in the order of Sections, and their sizes."""
-    words = np.concatenate(sections, dtype=np.int32, casting="same_kind")
-    return words, [len(section) for section in sections]
+    """One array of all, in the order of Sections, each from an aligned place on, and their sizes."""
+    sizes = [len(section) for section in sections]
+    words, end = np.zeros(sum(map(aligned, sizes)), np.int32), 0
+    for section, size in zip(sections, sizes, strict=True):
+        words[end : end + size] = section
+        end += aligned(size)
+    return words, sizes
+
+
+def aligned(size: int) -> int:
+    """Words that so many take. Kernels are compiled for addresses that are multiples of 16 bytes, and once more, in the
+    middle of a step, for each that is not."""
+    return -(-size // WORDS_OF_LINE) * WORDS_OF_LINE
 
 
 def padded(numbers: Ints, size: int, filling: int) -> Ints:

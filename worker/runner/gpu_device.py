@@ -12,8 +12,8 @@ computing waits for the numbers, the copy back for the sampler, and the host for
 
 Memory for a step's numbers and results, on both sides, is used again when the host has its results: by then all that
 the step launched is done. What it reads and writes besides, rows, pages and graphs' memory, belongs to the compute
-stream, which has an order: the next step finds what was sampled in `last_ids`, read by the host or not, and a late token
-of a request that left is written before whoever follows moves in.
+stream, which has an order: the next step finds what was sampled in `last_ids`, read by the host or not, and a late
+token of a request that left is written before whoever follows moves in.
 
 With depth 0 the same calls come in another order, and every step is waited for.
 """

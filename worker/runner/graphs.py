@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from worker.runner.device_step import aligned
 from worker.runner.gpu_sampler import Processors, Sampler
 from worker.runner.streams import Graph, Stream, Streams
 
@@ -51,7 +52,8 @@ class DecodeGraphs:
         self._streams, self._forward, self._sampler, self._logits = streams, forward, sampler, logits
         self._spare_row, self._num_columns = spare_row, 4 if has_encoder else 3
         largest, words = len(logits), partial(torch.zeros, dtype=torch.int32, device=logits.device)
-        self._inputs, self._asked, self._answers = (words(count * largest) for count in (self._num_columns, 2, 3))
+        self._inputs = words(self._num_columns * aligned(largest))
+        self._asked, self._answers = words(2 * largest), words(3 * largest)
         self._query_starts = torch.arange(largest + 1, dtype=torch.int32, device=logits.device)
         self._forwards: dict[int, Graph] = {}
         self._samplings: dict[tuple[int, Processors], Graph] = {}
@@ -76,7 +78,7 @@ class DecodeGraphs:
 
     def forward(self, size: int, words: Tensor) -> Tensor:
         """Launch the forward pass for `words`, which begin with the columns; the logits."""
-        number = self._num_columns * size
+        number = self._num_columns * aligned(size)
         self._inputs[:number].copy_(words[:number])
         self._forwards[size].replay()
         return self._logits[:size]
@@ -103,7 +105,8 @@ class DecodeGraphs:
         self._answers[: 3 * size].copy_(answer)
 
     def _columns(self, size: int) -> Tensor:
-        return self._inputs[: self._num_columns * size].view(-1, size)
+        width = aligned(size)
+        return self._inputs[: self._num_columns * width].view(-1, width)[:, :size]
 
     def _set_spare(self, size: int) -> None:
         """Inputs and what is asked, so that the graph runs over spare rows when it is captured."""
