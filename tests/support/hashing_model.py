@@ -36,7 +36,7 @@ class ByTables:
 
 class HashingModel:
     dtype, group, attention, operations = torch.float64, Alone(), ByTables(), Operations()
-    vocabulary, page_shape = range(VOCAB_SIZE), (1, 1, 2)
+    vocabulary, page_shape, can_be_captured = range(VOCAB_SIZE), (1, 1, 2), True
     spec = SimpleNamespace(vocab_size=VOCAB_SIZE)
 
     def forward(self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from worker.attention import AnyBatch, Attention, LayerShape
 from worker.model import rope
 from worker.model.layers import softcap
-from worker.model.moe import mixture
+from worker.model.moe import ListedExperts, mixture
 from worker.model.operations import Layers, Operations, Stack, Turns
 from worker.model.spec import QkNorm, Residual, Rope, Spec
 from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MlpWeights, MoeWeights, NormWeights
@@ -79,6 +79,12 @@ class Decoder:
     def page_shape(self) -> tuple[int, int, int]:
         """(layers, heads, head_dim) of the keys and values that this rank keeps."""
         return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a graph may hold a step: the host asks the device for nothing in it."""
+        mlps = (layer.mlp for layer in self.weights.layers)
+        return not any(isinstance(mlp, MoeWeights) and isinstance(mlp.up, ListedExperts) for mlp in mlps)
 
     def forward(self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.

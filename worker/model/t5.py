@@ -87,6 +87,8 @@ class T5Weights:
 class T5:
     """Forward passes of encoder and decoder on one rank. Holds weights, no state of requests."""
 
+    can_be_captured = True
+
     def __init__(
         self,
         spec: T5Spec,

@@ -128,6 +128,8 @@ class GpuDevice:
         clock: Callable[[], float] = time.monotonic,
     ) -> str:
         """Have graphs of decoding steps of `sizes` rows; the reason that goes with it. Before the first step."""
+        if not self._model.can_be_captured:
+            return "cuda_graphs off: each quantised expert is a product of its own, whose rows the host must know"
         shape = max(sizes), len(self._model.vocabulary)
         logits = torch.zeros(shape, dtype=self._model.dtype, device=self._streams.device)
         spare_row = self.rows.spare_row

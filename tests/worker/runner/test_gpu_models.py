@@ -19,6 +19,8 @@ from tests.support.engine_run import Engine, Run
 from tests.worker.runner.fake_streams import ALL_WAITS, FakeStreams
 from tests.worker.runner.gpu_runs import Hopeful
 from worker.engine.device import Device
+from worker.model.moe import ListedExperts
+from worker.model.weights import DenseLinear
 from worker.pipe import Ready, Submit
 from worker.runner.gpu_device import GpuDevice
 from worker.runner.load import load_device
@@ -129,6 +131,23 @@ def test_adapters_do_what_they_do_on_a_cpu(folders, name: str) -> None:
     assert outcomes(device, loaded[1], submits) == expected
     without = outcomes(*load(folder), messages(12))
     assert sum(mine != others for mine, others in zip(expected, without)) >= 8, "adapters change answers"
+
+
+def test_experts_of_which_each_is_a_product_run_without_graphs(folders) -> None:
+    loaded, streams = load(folders("mixtral")), FakeStreams()
+    device = gpu_device(loaded, streams, 1, ())
+    assert device.capture([1, 2]).startswith("cuda_graphs of 2 sizes") and streams.graphs
+    layers = device.model.weights.layers
+    for number, layer in enumerate(layers):
+        listed = {
+            name: ListedExperts(tuple(DenseLinear(matrix, None) for matrix in getattr(layer.mlp, name).matrices))
+            for name in ("up", "down")
+        }
+        layers[number] = replace(layer, mlp=replace(layer.mlp, **listed))
+    streams = FakeStreams()
+    device = gpu_device(loaded, streams, 1, ())
+    assert device.capture([1, 2]).startswith("cuda_graphs off: each quantised expert") and not streams.graphs
+    assert outcomes(device, loaded[1], messages(6))
 
 
 def test_a_step_with_adapters_runs_without_graphs_and_one_after_it_with_them(folders) -> None:
