@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.worker.attention.cases import KINDS, Case, error, exact, kind_case, random_case, run, sized_case
+from tests.worker.attention.cases import KINDS, Case, error, exact, kind_case, moved, random_case, run, sized_case
 from worker.attention import Batch, DeviceBatch, LayerShape
 from worker.attention import triton as launching
 from worker.attention.reference import ReferenceAttention
@@ -22,12 +22,6 @@ ENCODED = [1, 9, 27]
 SHORT = dict(lengths=[1, 9, 200, 129], counts=[1, 1, 1, 1])
 SIZED = dict(lengths=[1, 30, 150], counts=[1, 1, 40])
 ONE_EACH = dict(lengths=[1, 30, 150], counts=[1, 1, 3])
-
-
-def moved(case: Case, layer: LayerShape, device: torch.device) -> tuple[Case, LayerShape]:
-    q, k_pages, v_pages, slots = (each.to(device) for each in (*case[:3], case.batch.slots))
-    slopes, bias = (None if each is None else each.to(device) for each in (layer.slopes, layer.bias))
-    return Case(q, k_pages, v_pages, replace(case.batch, slots=slots)), replace(layer, slopes=slopes, bias=bias)
 
 
 def attend(case: Case, layer: LayerShape, device: torch.device, num_parts: int | None = None) -> torch.Tensor:

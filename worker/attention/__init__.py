@@ -41,7 +41,8 @@ class DeviceBatch:
     `rows` [n] index of each row of the step into `tables` [rows that there may be, b], pages of each; `query_starts`
     [n + 1] first token of each row in the step, and t; `starts` [n] tokens it had before; `slots` int64 [t] and
     `num_keys` [n] as in Batch. The host knows of every row at most `max_queries` tokens in this step, and at most
-    `max_keys` keys: how much is launched follows from these two and from shapes.
+    `max_keys` keys: how much is launched follows from these two and from shapes. `is_fresh` if it knows that no row had
+    any tokens before.
 
     Rows may have no queries. What is left of a recorded step is filled with rows of one query at position 0, whose
     table and slot are of page 0.
@@ -55,6 +56,7 @@ class DeviceBatch:
     max_queries: int
     max_keys: int
     num_keys: Tensor | None = None
+    is_fresh: bool = False
 
 
 AnyBatch = Batch | DeviceBatch

@@ -163,6 +163,7 @@ def to_device(batch: Batch) -> DeviceBatch:
         max_queries=int(batch.num_queries.max(initial=0)),
         max_keys=int(lengths.max(initial=0)),
         num_keys=None if batch.num_keys is None else moved(batch.num_keys),
+        is_fresh=not batch.starts.any(),
     )
 
 

@@ -65,6 +65,7 @@ class HostStep:
     sizes: list[int]
     max_queries: int
     max_keys: int
+    is_fresh: bool
     changes: Changes
     asked: Ask
     graph_size: int | None
@@ -124,8 +125,9 @@ def inputs_of(
     max_keys: int,
     state: DeviceRows,
     block_size: int,
+    is_fresh: bool = False,
 ) -> Inputs:
-    """Launch what completes the first four of Sections. `query_starts`, `max_queries`, `max_keys` as in DeviceBatch."""
+    """Launch what completes the first four of Sections. `query_starts`, bounds and `is_fresh` as in DeviceBatch."""
     rows, starts, num_keys, tokens = sections
     owners, positions = rows.long(), starts.long()
     if max_queries > 1:
@@ -134,7 +136,7 @@ def inputs_of(
         owners, positions = owners[places], positions[places] + (order - query_starts[places])
     tokens = torch.where(tokens == TOKEN_ON_DEVICE, state.last_ids[owners], tokens).long()
     slots = slots_of(state.tables, owners, positions, block_size)
-    batch = DeviceBatch(rows, query_starts, starts, state.tables, slots, max_queries, max_keys)
+    batch = DeviceBatch(rows, query_starts, starts, state.tables, slots, max_queries, max_keys, is_fresh=is_fresh)
     if not len(num_keys):
         return Inputs(tokens, positions, batch, None)
     longest = state.cross_tables.shape[1] * block_size
@@ -155,6 +157,7 @@ def whole_input(ids: Tensor) -> DeviceBatch:
         max_queries=size,
         max_keys=size,
         num_keys=ends[1:],
+        is_fresh=True,
     )
 
 

@@ -218,6 +218,7 @@ class GpuDevice:
             sizes=sizes,
             max_queries=int(num_tokens.max()),
             max_keys=int((starts + num_tokens).max()),
+            is_fresh=not starts.any(),
             changes=changes,
             asked=asked,
             graph_size=size,
@@ -299,7 +300,7 @@ class GpuDevice:
             self._encode(self._model, step, sections.encoder_ids)
         self._adapters.begin(step.adapter_slots, sections.adapter_slots)
         if step.graph_size is None:
-            bounds = step.max_queries, step.max_keys
+            bounds = step.max_queries, step.max_keys, step.is_fresh
             flight.logits = self._forward(sections[:4], sections.query_starts, sections.wanted, *bounds)
         else:
             assert self._graphs is not None
@@ -318,9 +319,15 @@ class GpuDevice:
             results.copy_(self._graphs.sample(step.graph_size, sections.asked, step.asked.processors))
 
     def _forward(
-        self, columns: Columns, query_starts: Tensor, wanted: Tensor, max_queries: int, max_keys: int
+        self,
+        columns: Columns,
+        query_starts: Tensor,
+        wanted: Tensor,
+        max_queries: int,
+        max_keys: int,
+        is_fresh: bool = False,
     ) -> Tensor:
-        inputs = inputs_of(columns, query_starts, max_queries, max_keys, self.rows, self._block_size)
+        inputs = inputs_of(columns, query_starts, max_queries, max_keys, self.rows, self._block_size, is_fresh)
         step = inputs.tokens, inputs.positions, inputs.batch, self.pages, wanted.long()
         if isinstance(self._model, T5):
             assert inputs.cross is not None

@@ -137,6 +137,12 @@ def kind_case(
     return case, kind.shape(kv_heads * kind.group)
 
 
+def moved(case: Case, layer: LayerShape, device: torch.device) -> tuple[Case, LayerShape]:
+    q, k_pages, v_pages, slots = (each.to(device) for each in (*case[:3], case.batch.slots))
+    slopes, bias = (None if each is None else each.to(device) for each in (layer.slopes, layer.bias))
+    return Case(q, k_pages, v_pages, replace(case.batch, slots=slots)), replace(layer, slopes=slopes, bias=bias)
+
+
 def run(attention: Attention, case: Case, layer: LayerShape) -> torch.Tensor:
     meta = attention.prepare(case.batch, case.k_pages.shape[1])
     return attention.attend(case.q, case.k_pages, case.v_pages, meta, layer)
