@@ -27,7 +27,8 @@ def table(found: Sequence[dict[str, str | int]]) -> str:
         cells = by_variant.setdefault(f"| `{each['kernel']}` | {each['variant']} |", {})
         cells[str(each["target"])] = f"{each['registers']}, {each['shared_bytes']:,}, {each['spill_bytes']}"
     lines += [
-        f"{start} " + " | ".join(cells[target] for target in TARGETS) + " |" for start, cells in by_variant.items()
+        f"{start} " + " | ".join(cells.get(target, "") for target in TARGETS) + " |"
+        for start, cells in by_variant.items()
     ]
     return "\n".join(lines) + "\n"
 

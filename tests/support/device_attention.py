@@ -14,5 +14,7 @@ class ReferenceOnDevice(ReferenceAttention):
         num_keys = None if batch.num_keys is None else batch.num_keys.long().numpy()
         assert int(counts.max()) <= batch.max_queries
         assert int((starts + counts).max() if num_keys is None else num_keys.max()) <= batch.max_keys
+        if batch.max_queries > 1:
+            assert batch.is_fresh == (not starts.any())
         tables = batch.tables[batch.rows.long()].long()
         return Batch(counts.numpy(), starts.numpy(), tables.numpy(), batch.slots, num_keys)
