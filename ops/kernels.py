@@ -1,24 +1,54 @@
 """What the kernels for GPUs take of one, found by compiling them: `python -m ops.kernels` writes docs/data/triton.json
-and prints it as a table."""
+and prints it as a table. It needs Triton, what makes tables of the file does not."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from worker.kernels.triton.ahead import TARGETS, Usage, all_specimens, compile
+from typing import Any
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "data" / "triton.json"
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+Usages = Sequence[dict[str, Any]]
 
 
-def usages() -> list[Usage]:
-    return sorted(compile(specimen, target) for specimen in all_specimens() for target in specimen.targets)
+def usages() -> list[dict[str, Any]]:
+    from worker.kernels.triton import ahead
+
+    found = sorted(ahead.compile(each, target) for each in ahead.all_specimens() for target in each.targets)
+    return [asdict(usage) for usage in found]
 
 
-def table(found: Sequence[dict[str, str | int]]) -> str:
+def summary(found: Usages) -> str:
+    """Markdown: a line for each kernel, with what its variants take at least and at most of registers, and at most of
+    the rest."""
+    by_kernel: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for each in found:
+        by_kernel[each["kernel"]][each["target"]].append(each)
+    columns = " | ".join(f"{target}: registers, shared, spilled" for target in TARGETS)
+    lines = [f"| kernel | variants | {columns} |", "|---|---|" + "---|" * len(TARGETS)]
+    for kernel, by_target in by_kernel.items():
+        num_variants = max(map(len, by_target.values()))
+        cells = " | ".join(_range(by_target[target]) for target in TARGETS)
+        lines.append(f"| `{kernel}` | {num_variants} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(found: Usages) -> str:
+    if not found:
+        return ""
+    registers = [each["registers"] for each in found]
+    shared, spilled = (max(each[figure] for each in found) for figure in ("shared_bytes", "spill_bytes"))
+    least, most = min(registers), max(registers)
+    return f"{least if least == most else f'{least} to {most}'}, {shared:,}, {spilled}"
+
+
+def table(found: Usages) -> str:
     """Markdown: a line for each variant of a kernel, with its registers, shared bytes and spilled bytes by target."""
     columns = " | ".join(f"{target}: registers, shared, spilled" for target in TARGETS)
     lines = [f"| kernel | variant | {columns} |", "|---|---|" + "---|" * len(TARGETS)]
@@ -34,7 +64,7 @@ def table(found: Sequence[dict[str, str | int]]) -> str:
 
 
 def main() -> None:
-    found = [asdict(each) for each in usages()]
+    found = usages()
     PATH.write_text("[\n" + ",\n".join(json.dumps(each) for each in found) + "\n]\n")
     sys.stdout.write(table(found))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigurationError
+from ops import kernels
 from ops.bench import long_prompts, lora, prefix, quant, scaling, serving_peers, speculation
 from ops.bench.peers import results
 
@@ -39,6 +40,7 @@ TABLES: dict[str, Table] = {
     "serving": Table("serving.json", serving_peers.table),
     "long-prompts": Table("long_prompts.json", long_prompts.table),
     "speculation": Table("speculation.json", speculation.table_of_file),
+    "triton": Table("triton.json", kernels.summary),
 }
 
 PLOTS: dict[str, Table] = {
