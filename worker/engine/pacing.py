@@ -5,7 +5,7 @@ from __future__ import annotations
 SMALLEST_CHUNK = 32
 WEIGHT_OF_LAST = 0.3
 
-SHARE_OF_PROMPTS = 0.65
+SHARE_OF_PROMPTS = 0.62
 """Of the time that a step takes without prompts. Streams then keep three fifths of their speed, and prompts get two
 fifths of the device, however fast either is."""
 
