@@ -61,9 +61,6 @@ WITHOUT_MEANING: dict[str, tuple[int, str]] = {
     "usage-stats": (1, "no usage statistics are ever sent"),
     "otlp-endpoint": (1, "traces are not exported in this version"),
     "otlp-service-name": (1, "traces are not exported in this version"),
-    "cuda-graphs": (1, "this version runs on the CPU"),
-    "cuda-memory-fraction": (1, "this version runs on the CPU; use --kv-tokens"),
-    "gpu-memory-utilization": (1, "this version runs on the CPU; use --kv-tokens"),
     "max-image-fetch-size": (1, "images are not accepted"),
 }
 """TGI's (and a few of vLLM's) options that parse but change nothing: number of values and the reason that is shown."""
@@ -178,6 +175,12 @@ Counts = Annotated[
     NoDecode,
     BeforeValidator(_split_commas),
     Field(min_length=1, max_length=MAX_LEVELS),
+]
+GraphSizes = Annotated[
+    list[Annotated[int, Field(ge=0, le=4096)]],
+    NoDecode,
+    BeforeValidator(_split_commas),
+    Field(max_length=512),
 ]
 Rates = Annotated[
     list[Annotated[float, Field(gt=0, le=100_000)]],
@@ -344,8 +347,29 @@ class WorkerSettings(CommonSettings):
         "prefix_caching",
         "enable_prefix_caching",
     )
-    attention: Literal["auto", "cpu", "reference"] = option(
-        "auto", "attention implementation; auto: our kernels where there are some, else torch's (cpu)"
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto", "where the model runs; auto: on a GPU where torch sees one, each rank of a machine on its own"
+    )
+    cuda_memory_fraction: Annotated[float, Field(gt=0, le=1)] = option(
+        0.95,
+        "part of a GPU's memory that may be taken, by others and by the KV cache, which gets what weights and the "
+        "largest step leave of it",
+        "cuda_memory_fraction",
+        "gpu_memory_utilization",
+    )
+    cuda_graphs: GraphSizes = option(
+        [],
+        "numbers of requests for which a decoding step on a GPU is launched as a whole, such as 1,2,4,8; none: chosen; "
+        "0: never",
+        "cuda_graphs",
+    )
+    overlap: bool = option(
+        True, "begin the next step on a GPU before the last one's tokens are read; without it errors are easier to find"
+    )
+    attention: Literal["auto", "cpu", "reference", "triton", "flash", "torch"] = option(
+        "auto",
+        "attention implementation; auto: our kernels where there are some, else torch's (cpu); on a GPU "
+        "flash-attn (flash) where it is installed, torch's own (torch) when asked for, and ours (triton) for all else",
     )
     cpu_kernels: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "off"] = option(
         "auto", "instruction set that C++ kernels are compiled for; off: torch alone"
@@ -392,6 +416,13 @@ class WorkerSettings(CommonSettings):
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return SHORT_DTYPES.get(value, value)
+
+    @field_validator("cuda_graphs")
+    @classmethod
+    def _none_or_some(cls, value: list[int]) -> list[int]:
+        if 0 in value and len(value) > 1:
+            raise ValueError("0 is for none at all and cannot stand with others")
+        return value
 
     @property
     def ranks_per_node(self) -> int:
@@ -617,5 +648,5 @@ def _text(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, list):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

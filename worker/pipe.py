@@ -97,7 +97,7 @@ class Ready:
     """Sizes are in tokens. `weights_digest` and `dtype` enter the lane; `reasons` explain the chosen limits.
 
     `decoder_start_id` is the first token of every answer of an encoder-decoder model, whose prompts go to the encoder;
-    None for all others.
+    None for all others. Without `can_speculate` the device takes no drafts.
     """
 
     vocab_size: int
@@ -113,6 +113,7 @@ class Ready:
     step_limit_s: float
     reasons: list[str]
     decoder_start_id: int | None = None
+    can_speculate: bool = True
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from worker.model.quant.calibrated import gptq, nearest
 from worker.model.quant.matrix import QuantisedMatrix
 from worker.model.spec import Spec
 from worker.quantising import Job, Modules
-from worker.runner.load import choose_dtype
+from worker.runner.hardware import cpu_dtype
 from worker.runner.memory import available_bytes, readable
 from worker.shards import (
     Report,
@@ -147,7 +147,7 @@ class _Calibrated:
     def __init__(self, job: Job, target: Path) -> None:
         assert isinstance(job.spec, Spec)
         self._job, self._target = job, target
-        self._builder = Builder(job.family, job.checkpoint, choose_dtype("auto", job.checkpoint.dtype, []))
+        self._builder = Builder(job.family, job.checkpoint, cpu_dtype("auto", job.checkpoint.dtype, []))
         limits = job.settings.calibration_tokens, job.spec.max_positions
         self._sequences = sequences_of(job.text, _tokenizer(job.folder), *limits)
         if int(self._sequences.max()) >= job.spec.vocab_size:

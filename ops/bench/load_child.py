@@ -40,7 +40,7 @@ class OneOfMany:
 class InMemory:
     """All tensors of a checkpoint, read already."""
 
-    device, dtype = "cpu", torch.bfloat16
+    device, dtype = torch.device("cpu"), torch.bfloat16
 
     def __init__(self, folder: Path) -> None:
         self._tensors: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from worker.pipe import AdapterChecked, Commit, Message, Ready, Step, Submit, To
 from worker.torch_import import import_torch
 
 if TYPE_CHECKING:
-    from worker.runner.torch_device import TorchDevice
+    from worker.engine.device import Device
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -57,7 +57,7 @@ class Run:
 class OfflineEngine:
     """Around a device of its own, or one that was `loaded` before, which others may use between runs."""
 
-    def __init__(self, settings: WorkerSettings, loaded: tuple[TorchDevice, Ready] | None = None) -> None:
+    def __init__(self, settings: WorkerSettings, loaded: tuple[Device, Ready] | None = None) -> None:
         wait_as_workers_do(settings.threads, settings.ranks_per_node)
         # not above: torch is to find that environment
         import_torch()

@@ -31,7 +31,7 @@ from worker.model.config import read_config
 from worker.model.families import read_spec
 from worker.model.quant.choice import MADE
 from worker.model.spec import Spec
-from worker.runner.load import load_device
+from worker.runner.load import load_on_cpu
 from worker.runner.torch_device import TorchDevice
 
 WINDOW_TOKENS, BLOCK_SIZE = 2048, 16
@@ -80,7 +80,7 @@ def load(folder: Path, scheme: str | None = None, window: int = WINDOW_TOKENS) -
     settings = WorkerSettings.model_validate(
         {"model_id": str(folder), "quantize": scheme, "max_total_tokens": length, "kv_tokens": length + BLOCK_SIZE}
     )
-    device, _ = load_device(settings, lambda phase, done, total: None)
+    device, _ = load_on_cpu(settings)
     return device
 
 

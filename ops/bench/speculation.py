@@ -160,7 +160,8 @@ def following(script: Script, engine: OfflineEngine) -> Iterator[None]:
     other: what goes astray stays astray."""
     import torch
 
-    model: Any = engine.device.model
+    device: Any = engine.device
+    model = device.model
     script_ids = torch.tensor([*script.prompt, *script.output])
     forward = model.forward
 

@@ -23,7 +23,7 @@ from ops.demo_model.evaluate import CHECKPOINT
 from ops.demo_model.train import Encoder, Example
 from worker.attention import Batch
 from worker.model.t5 import T5
-from worker.runner.load import load_device
+from worker.runner.load import load_on_cpu
 from worker.runner.torch_device import TorchDevice
 
 NUM_DOCUMENTS = 150
@@ -67,7 +67,7 @@ def main() -> None:
     try:
         settings = parse(WorkerSettings, sys.argv[1:], program="python -m ops.demo_model.perplexity")
         settings.model_id = settings.model_id or str(CHECKPOINT)
-        device, ready = load_device(settings, lambda phase, done, total: None)
+        device, ready = load_on_cpu(settings)
     except ConfigurationError as error:
         sys.exit(str(error))
     texts = examples(NUM_DOCUMENTS)

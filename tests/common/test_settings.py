@@ -92,6 +92,21 @@ def test_names_of_vllm_are_aliases() -> None:
     assert settings.served_model_name == ["a", "b"]
 
 
+def test_sizes_of_graphs_reach_the_worker_of_up_and_none_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse(UpSettings, ["--cuda-graphs", "1,2,8", "--gpu-memory-utilization", "0.8", "--no-overlap"])
+    environment = environment_of(settings, WorkerSettings)
+    assert environment == {
+        "CUDA_GRAPHS": "1,2,8",
+        "CUDA_MEMORY_FRACTION": "0.8",
+        "INFERFLEET_OVERLAP": "false",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    worker = parse(WorkerSettings, [])
+    assert (worker.cuda_graphs, worker.cuda_memory_fraction, worker.overlap) == ([1, 2, 8], 0.8, False)
+    assert parse(WorkerSettings, ["--cuda-graphs", "0"]).cuda_graphs == [0]
+
+
 @pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e4m3fn"])
 def test_names_of_one_kv_type_are_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(WorkerSettings, ["--kv-cache-dtype", name]).kv_cache_dtype == "fp8_e4m3fn"
@@ -100,7 +115,7 @@ def test_names_of_one_kv_type_are_one(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = parse(UpSettings, ["--cuda-graphs", "1,2", "--ngrok", "--max-batch-size=4", "--port", "81"])
+    settings = parse(UpSettings, ["--watermark-gamma", "0.5", "--ngrok", "--max-batch-size=4", "--port", "81"])
     assert settings.port == 81
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3
@@ -131,6 +146,11 @@ def test_options_without_meaning_warn_with_the_reason(capsys: pytest.CaptureFixt
         ([*TWO_NODES, "--rendezvous", "host:70000"], NO_ADDRESS),
         ([*TWO_NODES, "--node-rank", "1"], "a machine with a --node-rank above 0 runs `inferfleet worker`, not `up`"),
         ([*TWO_NODES, "--workers", "2"], "--workers 2 would meet at one --rendezvous; one of them can"),
+        (["--device", "gpu"], "--device: Input should be 'auto', 'cuda' or 'cpu'"),
+        (["--cuda-graphs", "0,4"], "--cuda-graphs: 0 is for none at all and cannot stand with others"),
+        (["--cuda-graphs", "-1"], "--cuda-graphs: Input should be greater than or equal to 0"),
+        (["--cuda-memory-fraction", "1.5"], "--cuda-memory-fraction: Input should be less than or equal to 1"),
+        (["--gpu-memory-utilization", "0"], "--cuda-memory-fraction: Input should be greater than 0"),
         (["--quantize", "exl2"], f"--quantize: Input should be {SCHEMES}"),
         (
             ["--kv-cache-dtype", "fp16"],

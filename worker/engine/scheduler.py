@@ -88,7 +88,7 @@ def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1, max_dra
         prefix_caching=prefix_caching and ready.decoder_start_id is None,
         decoder_start_id=ready.decoder_start_id,
         max_loras=max_loras,
-        max_drafts=max_drafts,
+        max_drafts=max_drafts if ready.can_speculate else 0,
     )
 
 

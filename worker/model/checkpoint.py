@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker.model.weights import Part
+from worker.model.weights import CPU, Part
 
 MAX_HEADER_BYTES = 100_000_000
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -40,16 +40,14 @@ PACKED = (".qweight", ".weight_packed")
 
 
 class Checkpoint:
-    """The safetensors files of a folder, opened lazily: a tensor is read when it is asked for.
+    """The safetensors files of a folder, opened lazily: a tensor is read when it is asked for, for targets on `device`.
 
     Raises:
         ConfigurationError: if the folder has no safetensors, or files that its index names are missing or damaged.
     """
 
-    device = "cpu"
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        self._folder, self.device = folder, device
         self.files = find_files(folder)
         self._places: dict[str, tuple[Path, dict[str, Any]]] = {}
         for path in self.files:

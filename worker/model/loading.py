@@ -22,6 +22,7 @@ from worker.model.quant.scheme import NOT_QUANTISED, MakeQuantised, Quantisation
 from worker.model.spec import Moe, QkNorm, Residual, Rope, Spec
 from worker.model.untouched import untouched_zeros
 from worker.model.weights import (
+    CPU,
     DecoderWeights,
     DenseEmbedding,
     DenseLinear,
@@ -64,7 +65,7 @@ LARGE_BYTES = 1 << 20
 class _SizesOnly:
     """Says what another source would be asked for, and takes no memory."""
 
-    device = "meta"
+    device = torch.device("meta")
 
     def __init__(self, source: TensorSource) -> None:
         self.dtype, self.has, self.shape, self.whole = source.dtype, source.has, source.shape, source.whole
@@ -79,7 +80,7 @@ class _SizesOnly:
 class _Zeros:
     """What another source has, all zero: a few rows of it tell what quantised ones will take."""
 
-    device = "cpu"
+    device = CPU
 
     def __init__(self, source: TensorSource) -> None:
         self.dtype, self.has, self.skip = source.dtype, source.has, source.skip
@@ -159,7 +160,7 @@ class Builder:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         is_large = math.prod(shape) * dtype.itemsize >= LARGE_BYTES
-        if is_large and not self._only_counts:
+        if is_large and self.source.device.type == "cpu":
             return untouched_zeros(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.source.device)
 
@@ -240,7 +241,7 @@ class Builder:
 
     @property
     def _only_counts(self) -> bool:
-        return self.source.device == "meta"
+        return self.source.device.type == "meta"
 
     def _counted(
         self, pieces: Sequence[Piece], bias: Tensor | None, quantisation: Quantisation | None = None
@@ -387,8 +388,8 @@ def load_weights(
     adapters: LoraSlots | None = None,
     finish: Finish = as_read,
 ) -> DecoderWeights:
-    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer.
-    `finish` gets each layer, so that only one at a time is there as it is read.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, where the source wants them. `adapters` will
+    know each layer. `finish` gets each layer, so that only one at a time is there as it is read.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous; the message names it.

@@ -202,8 +202,8 @@ def load_t5_weights(
     adapters: LoraSlots | None = None,
     finish: Finish = as_read,
 ) -> T5Weights:
-    """Read one rank's weights as `dtype`, or as `quantisation` says, on the CPU. `adapters` will know each layer, and
-    `finish` gets each.
+    """Read one rank's weights as `dtype`, or as `quantisation` says, where the source wants them. `adapters` will
+    know each layer, and `finish` gets each.
 
     Raises:
         ConfigurationError: if a tensor is missing, misshapen or superfluous, which the message names; or for float16.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DUMMY_SEED = 20240607
+CPU = torch.device("cpu")
 
 
 class Linear(Protocol):
@@ -160,7 +161,7 @@ class TensorSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
-    def device(self) -> str:
+    def device(self) -> torch.device:
         """Where targets are to be; "meta" takes sizes without memory."""
 
     def has(self, name: str) -> bool: ...
@@ -200,14 +201,15 @@ class TensorSource(Protocol):
 
 
 class DummySource:
-    """Random weights of any shape from a fixed seed: norms are one, biases and matrices normal with deviation 0.02."""
+    """Random weights of any shape from a fixed seed: norms are one, biases and matrices normal with deviation 0.02.
+    Another kind of device draws other numbers."""
 
     dtype = torch.bfloat16
-    device = "cpu"
 
-    def __init__(self, *, is_tied: bool, head_name: str) -> None:
-        self._generator = torch.Generator().manual_seed(DUMMY_SEED)
+    def __init__(self, *, is_tied: bool, head_name: str, device: torch.device = CPU) -> None:
+        self.device, self._generator = device, torch.Generator(device).manual_seed(DUMMY_SEED)
         self._is_tied, self._head = is_tied, head_name + "."
+        self.name = f"dummy-{DUMMY_SEED}" if device.type == "cpu" else f"dummy-{device.type}-{DUMMY_SEED}"
 
     def has(self, name: str) -> bool:
         if name.startswith(self._head):
@@ -238,7 +240,7 @@ class DummySource:
 
 def _fill_with_codes(target: Tensor, generator: torch.Generator) -> None:
     if target.dtype.is_floating_point:
-        target.copy_(torch.empty(target.shape).uniform_(-1.0, 1.0, generator=generator))
+        target.copy_(torch.empty(target.shape, device=target.device).uniform_(-1.0, 1.0, generator=generator))
     else:
         bounds = torch.iinfo(target.dtype)
         target.random_(bounds.min, bounds.max + 1, generator=generator)

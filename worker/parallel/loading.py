@@ -26,7 +26,9 @@ def load_torch_device(settings: WorkerSettings, on_progress: OnProgress, meeting
     # Imported here: torch takes seconds, and the first sign of life should not wait for it.
     import_torch()
     from worker.parallel.torch_group import join
+    from worker.runner.hardware import wants_cuda
     from worker.runner.load import load_device
 
-    threads, group = threads_per_rank(settings.threads, settings.ranks_per_node), join(meeting, settings.cpu_kernels)
+    threads = threads_per_rank(settings.threads, settings.ranks_per_node)
+    group = join(meeting, settings.cpu_kernels, is_on_gpu=wants_cuda(settings.device))
     return load_device(settings.model_copy(update={"threads": threads}), on_progress, group)

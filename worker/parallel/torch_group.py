@@ -1,4 +1,5 @@
-"""The group of ranks: through memory where they share it, else over torch.distributed, gloo between CPUs.
+"""The group of ranks: CPUs through memory where they share it, else over torch.distributed, gloo between CPUs and NCCL
+between GPUs.
 
 Everybody has the same bits. Through memory, which has kernels for float32 and bfloat16, each rank adds up for itself in
 the same order; gloo lets one rank add each part for all, bfloat16 and float16 as they are.
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch
 from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -29,8 +29,9 @@ by the agent, both far earlier."""
 SIOCGIFADDR = 0x8915
 
 
-def join(meeting: Meeting, cpu_kernels: str = "auto") -> Group:
-    """Meet the other ranks; returns when all are there. `cpu_kernels` is the option.
+def join(meeting: Meeting, cpu_kernels: str = "auto", *, is_on_gpu: bool = False) -> Group:
+    """Meet the other ranks; returns when all are there. `cpu_kernels` is the option. On GPUs tensors go over NCCL, and
+    numbers of hosts, of which there are few, over gloo.
 
     Raises:
         RankLost: if they do not come, or are gone again.
@@ -43,13 +44,13 @@ def join(meeting: Meeting, cpu_kernels: str = "auto") -> Group:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with _others_may_leave():
         distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            backend="cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
             store=_open_store(meeting),
             rank=meeting.shard.rank,
             world_size=meeting.shard.size,
             timeout=LONGEST_WAIT,
         )
-    exchange = _own_exchange(meeting, cpu_kernels)
+    exchange = None if is_on_gpu else _own_exchange(meeting, cpu_kernels)
     have_all = agree_on_minimum(TorchGroup(meeting.shard), int(exchange is not None))
     return TorchGroup(meeting.shard, exchange if have_all else None)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,8 @@ import torch
 
 from common.errors import ConfigurationError
 from common.settings import WorkerSettings
-from worker.attention import Attention
-from worker.attention.cpu import CpuAttention
-from worker.attention.native import QUERY_TYPES, NativeAttention
 from worker.attention.pages import choose_kv_type, page_width
-from worker.attention.reference import ReferenceAttention
-from worker.kernels.build import load_library
-from worker.kernels.elementwise import CpuOperations
-from worker.kernels.products import pack
-from worker.kernels.room import Room
+from worker.engine.device import Device
 from worker.model.checkpoint import Checkpoint, weights_digest
 from worker.model.config import read_config, stretch_rope
 from worker.model.decoder import Decoder
@@ -29,26 +22,24 @@ from worker.model.families import read_spec
 from worker.model.families.base import Family
 from worker.model.loading import load_weights, weight_bytes
 from worker.model.lora import LoraSlots
-from worker.model.operations import Operations
 from worker.model.quant.choice import choose_quantisation
 from worker.model.quant.linear import has_slow_products
 from worker.model.quant.scheme import Quantisation
 from worker.model.spec import AnySpec, QkNorm, Spec, T5Spec
 from worker.model.t5 import T5, load_t5_weights, t5_weight_bytes
-from worker.model.weights import DUMMY_SEED, DummySource, TensorSource
-from worker.parallel.group import Alone, Group, agree_on_minimum
+from worker.model.weights import CPU, DummySource, TensorSource
+from worker.parallel.group import Alone, Group
 from worker.parallel.shard import Shard, check_heads
 from worker.pipe import Ready
-from worker.runner.limits import KvMemory, Limits, choose_limits, free_text, on_each
-from worker.runner.memory import available_bytes, readable, return_freed_memory
+from worker.runner.hardware import Cpu, Hardware, Kernels, Loaded, wants_cuda
+from worker.runner.limits import Limits, choose_limits, free_text, on_each
+from worker.runner.memory import readable
 from worker.runner.torch_device import Model, TorchDevice
 
 OnProgress = Callable[[str, int, int], None]
 
 
-def load_device(
-    settings: WorkerSettings, on_progress: OnProgress, group: Group | None = None
-) -> tuple[TorchDevice, Ready]:
+def load_device(settings: WorkerSettings, on_progress: OnProgress, group: Group | None = None) -> tuple[Device, Ready]:
     """Load one rank's part of the model of `settings.model_id`, a local folder.
 
     `on_progress(phase, bytes done, bytes in all)` counts the rank's bytes.
@@ -63,26 +54,51 @@ def load_device(
     config = _config(settings, folder)
     spec, family = read_spec(config)
     check_shards(spec, group.shard.size)
+    hardware = choose_hardware(settings, group.shard, reasons)
     quantisation = choose_quantisation(settings.quantize, config)
-    source, digest, stored = _open(settings, folder, config, spec, family)
-    dtype = choose_dtype(settings.dtype, stored, reasons)
+    source, digest, stored = _open(settings, folder, config, spec, family, hardware.torch_device)
+    dtype = hardware.choose_dtype(settings.dtype, stored, reasons)
+    kernels = hardware.kernels(dtype, reasons)
+    quantisation = replace(quantisation, product=kernels.product)
     num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard, quantisation), group.shard.size
-    _check_memory(num_bytes, _free_bytes(settings, group), num_ranks)
-    adapters = LoraSlots(family, dtype)
-    model = _load(settings, spec, family, source, dtype, group, quantisation, adapters, on_progress)
-    return_freed_memory()
-    reasons += _quantisation_reasons(quantisation, model, num_bytes)
+    _check_memory(num_bytes, hardware.free_bytes(group), num_ranks)
+    adapters = LoraSlots(family, dtype, hardware.torch_device)
+    model = _load(settings, spec, family, source, dtype, group, quantisation, adapters, kernels, on_progress)
+    reasons += _quantisation_reasons(quantisation, model, num_bytes, hardware)
     kv_type = choose_kv_type(settings.kv_cache_dtype, dtype)
     kv_bytes, unsaved = (_kv_bytes_per_token(spec, group.shard, each) for each in (kv_type, dtype))
     if kv_type is not dtype:
         saving = f"a token takes {readable(kv_bytes)} instead of {readable(unsaved)}{on_each(num_ranks)}"
-        reasons.append(f"kv_cache_dtype {settings.kv_cache_dtype}: {saving}; a CPU reads it more slowly")
-    memory = KvMemory(_free_bytes(settings, group), kv_bytes, num_ranks)
+        price = "; a CPU reads it more slowly" if hardware.name == "CPU" else ""
+        reasons.append(f"kv_cache_dtype {settings.kv_cache_dtype}: {saving}{price}")
+    loaded = Loaded(model=model, adapters=adapters, kv_type=kv_type, kv_bytes_per_token=kv_bytes, group=group)
+    memory = hardware.kv_memory(loaded)
     limits = choose_limits(settings, spec, memory, reasons)
     if settings.prefix_caching and isinstance(spec, T5Spec):
         reasons.append("prefix caching off: an encoder reads each prompt whole, so that equal beginnings are of no use")
-    device = _device(model, kv_type, adapters, settings, limits, memory)
-    return device, _ready(settings, spec, dtype, quantisation, digest, limits, reasons)
+    device = hardware.device(loaded, limits, memory, reasons)
+    return device, _ready(settings, spec, dtype, quantisation, digest, limits, hardware, reasons)
+
+
+def load_on_cpu(settings: WorkerSettings) -> tuple[TorchDevice, Ready]:
+    """The same for who wants to look into the device, whatever `--device` says."""
+    device, ready = load_device(settings.model_copy(update={"device": "cpu"}), lambda phase, done, total: None)
+    assert isinstance(device, TorchDevice)
+    return device, ready
+
+
+def choose_hardware(settings: WorkerSettings, shard: Shard, reasons: list[str]) -> Hardware:
+    """A GPU of this rank's own, or the CPU.
+
+    Raises:
+        ConfigurationError: what was asked for is not there.
+    """
+    if not wants_cuda(settings.device):
+        return Cpu(settings, reasons)
+    # a CPU needs nothing of this
+    from worker.runner.cuda import Cuda
+
+    return Cuda(settings, shard, reasons)
 
 
 def _config(settings: WorkerSettings, folder: Path) -> dict[str, Any]:
@@ -119,24 +135,19 @@ def _num_cores() -> int:
 
 
 def _open(
-    settings: WorkerSettings, folder: Path, config: dict[str, Any], spec: AnySpec, family: Family
+    settings: WorkerSettings,
+    folder: Path,
+    config: dict[str, Any],
+    spec: AnySpec,
+    family: Family,
+    device: torch.device,
 ) -> tuple[TensorSource, str, torch.dtype]:
     """Where weights come from, their fingerprint and the type they are stored in."""
     if settings.load_format == "dummy":
-        source = DummySource(is_tied=spec.is_tied, head_name=family.candidates("head", 0, 0)[0])
-        return source, f"dummy-{DUMMY_SEED}-{weights_digest(config, [])}", source.dtype
-    checkpoint = Checkpoint(folder)
+        source = DummySource(is_tied=spec.is_tied, head_name=family.candidates("head", 0, 0)[0], device=device)
+        return source, f"{source.name}-{weights_digest(config, [])}", source.dtype
+    checkpoint = Checkpoint(folder, device)
     return checkpoint, weights_digest(config, checkpoint.files), checkpoint.dtype
-
-
-def choose_dtype(option: str, stored: torch.dtype, reasons: list[str]) -> torch.dtype:
-    """The type to compute in: as stored, except that a CPU has no fast float16."""
-    if option != "auto":
-        return getattr(torch, option)  # type: ignore[no-any-return]
-    if stored is torch.float16:
-        reasons.append("dtype bfloat16: the checkpoint is float16, which a CPU computes slowly")
-        return torch.bfloat16
-    return stored
 
 
 def _weight_bytes(
@@ -147,21 +158,16 @@ def _weight_bytes(
     return weight_bytes(spec, family, source, dtype, shard, quantisation)
 
 
-def _quantisation_reasons(quantisation: Quantisation, model: Model, num_bytes: int) -> list[str]:
+def _quantisation_reasons(quantisation: Quantisation, model: Model, num_bytes: int, hardware: Hardware) -> list[str]:
     if quantisation.name == "none":
         return []
     reasons = [f"quantize {quantisation.name}: weights take {readable(num_bytes)}", *quantisation.notes]
     if has_slow_products(model.weights):
         reasons.append(
-            f"quantize {quantisation.name} saves memory, not time: a CPU has no fast product for some of these "
-            "weights, which are dequantised for each"
+            f"quantize {quantisation.name} saves memory, not time: a {hardware.name} has no fast product for some of "
+            "these weights, which are dequantised for each"
         )
     return reasons
-
-
-def _free_bytes(settings: WorkerSettings, group: Group) -> int:
-    """What a rank may take: those of one machine share it, and all go by the one that has least."""
-    return agree_on_minimum(group, available_bytes() // settings.ranks_per_node)
 
 
 def _check_memory(needed: int, free: int, num_ranks: int) -> None:
@@ -181,57 +187,21 @@ def _load(
     group: Group,
     quantisation: Quantisation,
     adapters: LoraSlots,
+    kernels: Kernels,
     on_progress: OnProgress,
 ) -> Model:
     def report(done: int, total: int) -> None:
         on_progress("weights", done, total)
 
-    kernels = load_library(settings.cpu_kernels)
-    if kernels is not None:
-        kernels.inferfleet_set_threads(torch.get_num_threads())
-    operations = Operations() if kernels is None else CpuOperations(kernels)
-    attention = _attention(settings.attention, kernels, dtype)
-    finish = partial(pack, library=kernels, room=Room())
-    options = (family, source, dtype, group.shard, report, quantisation, adapters, finish)
+    options = (family, source, dtype, group.shard, report, quantisation, adapters, kernels.finish)
+    attention, operations = kernels.attention, kernels.operations
     if isinstance(spec, T5Spec):
-        return T5(spec, finish(load_t5_weights(spec, *options)), attention, group, operations)
-    weights = finish(load_weights(spec, *options))
+        return T5(spec, kernels.finish(load_t5_weights(spec, *options)), attention, group, operations)
+    weights = kernels.finish(load_weights(spec, *options))
     longest = min(settings.max_total_tokens or spec.max_positions, spec.max_positions)
-    return Decoder(spec, weights, attention, group, longest, operations)
-
-
-def _attention(option: str, kernels: ctypes.CDLL | None, dtype: torch.dtype) -> Attention:
-    if option == "reference":
-        return ReferenceAttention()
-    if kernels is not None and option != "cpu" and dtype in QUERY_TYPES:
-        return NativeAttention(kernels)
-    return CpuAttention()
-
-
-def _device(
-    model: Model,
-    kv_type: torch.dtype,
-    adapters: LoraSlots,
-    settings: WorkerSettings,
-    limits: Limits,
-    memory: KvMemory,
-) -> TorchDevice:
-    try:
-        return TorchDevice(
-            model,
-            kv_type,
-            adapters,
-            num_blocks=limits.kv_tokens // settings.block_size,
-            block_size=settings.block_size,
-            max_num_seqs=settings.max_num_seqs,
-            max_total_tokens=limits.max_total_tokens,
-            max_lora_rank=settings.max_lora_rank,
-            max_lora_bytes=memory.free - limits.kv_tokens * memory.bytes_per_token,
-        )
-    except MemoryError as error:
-        raise ConfigurationError(
-            f"there is no memory for a KV cache of {limits.kv_tokens} tokens; lower --kv-tokens"
-        ) from error
+    # what follows from the config, such as frequencies, is to be where the weights are
+    with nullcontext() if source.device == CPU else source.device:
+        return Decoder(spec, weights, attention, group, longest, operations)
 
 
 def _ready(
@@ -241,6 +211,7 @@ def _ready(
     quantisation: Quantisation,
     digest: str,
     limits: Limits,
+    hardware: Hardware,
     reasons: list[str],
 ) -> Ready:
     return Ready(
@@ -257,4 +228,5 @@ def _ready(
         step_limit_s=settings.step_limit,
         reasons=reasons,
         decoder_start_id=spec.decoder_start_id if isinstance(spec, T5Spec) else None,
+        can_speculate=hardware.can_speculate,
     )

@@ -25,7 +25,7 @@ from worker.model.lora import LoraSlots
 from worker.parallel.group import Group
 from worker.pipe import Ready, Submit
 from worker.runner import adapters as runner_adapters
-from worker.runner import load
+from worker.runner import hardware
 from worker.runner.adapters import RowAdapters
 from worker.runner.load import load_device
 from worker.runner.memory import readable
@@ -295,7 +295,7 @@ def test_memory_that_the_kv_cache_was_promised_is_not_free_for_adapters(served, 
     model = served("llama")
     plain, _ = model.load()
     kv_bytes = plain.pages[:, :, 1:].nbytes
-    monkeypatch.setattr(load, "available_bytes", lambda: kv_bytes + 20_000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: kv_bytes + 20_000)
     device, ready = model.load()
     messages = batch(model, device)
     run = run_all((device, ready), list(messages.values()))

@@ -16,9 +16,9 @@ from worker.model.checkpoint import Checkpoint
 from worker.model.families import read_spec
 from worker.parallel.group import Alone
 from worker.parallel.shard import Shard
-from worker.runner import limits
+from worker.runner import hardware, limits
 from worker.runner import load as loading
-from worker.runner.load import choose_dtype, load_device
+from worker.runner.load import load_device
 from worker.runner.memory import readable
 
 
@@ -138,11 +138,11 @@ def test_contradicting_limits_are_refused(load):
 
 def test_the_default_pool_follows_the_free_memory(load, monkeypatch):
     bytes_per_token = 2 * 3 * 2 * 8 * 4
-    monkeypatch.setattr(loading, "available_bytes", lambda: 4000 * bytes_per_token)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 4000 * bytes_per_token)
     _, ready = load(kv_tokens=None)
     assert ready.kv_tokens == 1000 // 16 * 16
     assert any("25% of the free memory" in reason and "--kv-tokens" in reason for reason in ready.reasons)
-    monkeypatch.setattr(loading, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 1 << 40)
     _, ready = load(kv_tokens=None, max_num_seqs=4)
     assert ready.kv_tokens == 4 * (512 + 16)
     assert any("all that the largest batch can use" in reason for reason in ready.reasons)
@@ -172,17 +172,17 @@ def test_a_cache_of_8_bits_takes_its_share_of_the_memory(
     assert f"({readable(device.pages[:, :, 1:].nbytes)})" in ready.reasons[1]
     assert "kv_cache_dtype" not in "".join(wide_ready.reasons)
     # so much more fits into what is free
-    monkeypatch.setattr(loading, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 1_000_000)
     num_tokens = [load(dtype=dtype, kv_tokens=None, kv_cache_dtype=each)[1].kv_tokens for each in ("auto", option)]
     assert num_tokens[1] == pytest.approx(num_tokens[0] * denominator / numerator, abs=3 * 16)
 
 
 def test_too_little_memory_is_one_sentence(load, monkeypatch):
-    monkeypatch.setattr(loading, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 1000)
     assert "only 1000 B of memory is free" in refusal(load)
-    monkeypatch.setattr(loading, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 10_000_000)
     assert "at most 26041 fit" in refusal(load, kv_tokens=100_000)
-    monkeypatch.setattr(loading, "available_bytes", lambda: 1 << 60)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 1 << 60)
     assert "no memory for a KV cache" in refusal(load, kv_tokens=1 << 46)
     monkeypatch.setattr(limits, "KV_SHARE_OF_FREE_MEMORY", 1e-16)
     text = "a KV cache of 32 tokens at least needs 12.0 KiB but only 1048576.0 TiB of memory is free"
@@ -202,13 +202,13 @@ def test_too_little_memory_of_a_rank_is_told_for_each(tiny_folder, monkeypatch):
         settings = WorkerSettings(model_id=str(folder), threads=1, num_shard=2, **options)
         return load_device(settings, lambda *_: None, OneOfTwo())
 
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 2000)
     num_bytes = loading.weight_bytes(spec, family, Checkpoint(folder), torch.float32, OneOfTwo.shard)
     needed = readable(num_bytes)
     assert num_bytes < loading.weight_bytes(spec, family, Checkpoint(folder), torch.float32, Alone.shard)
     expected = f"needs {needed} on each of 2 ranks for its weights but only 1000 B of memory is free for each; "
     assert expected in refusal(load_rank)
-    monkeypatch.setattr(loading, "available_bytes", lambda: 2 * num_bytes)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 2 * num_bytes)
     expected = f"needs 18.3 MiB on each of 2 ranks but only {needed} of memory is free for each; at most"
     assert expected in refusal(load_rank, kv_tokens=100_000)
     monkeypatch.setattr(limits, "KV_SHARE_OF_FREE_MEMORY", 1e-9)
@@ -222,9 +222,10 @@ def test_types(load, tiny_folder, tmp_path):
         assert ready.dtype == name
         assert device.pages.dtype is getattr(torch, name)
     reasons: list[str] = []
-    assert choose_dtype("auto", torch.bfloat16, reasons) is torch.bfloat16
+    cpu = hardware.Cpu(WorkerSettings(), reasons)
+    assert cpu.choose_dtype("auto", torch.bfloat16, reasons) is torch.bfloat16
     assert reasons == []
-    assert choose_dtype("auto", torch.float16, reasons) is torch.bfloat16
+    assert cpu.choose_dtype("auto", torch.float16, reasons) is torch.bfloat16
     assert "float16" in reasons[0]
     tiny_models.build("llama").half().save_pretrained(tmp_path)
     _, ready = load_device(WorkerSettings(model_id=str(tmp_path), threads=1, kv_tokens=1024), lambda *_: None)
