@@ -149,7 +149,7 @@ def kernels(bench: Bench) -> Found:
     """The tests of all kernels, on the device."""
     tests = ["tests/triton/test_norms.py"] if bench.is_dry else ["tests/triton", "--ignore=tests/triton/ahead"]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT)]
-    words += ["--import-mode=importlib", *parallel(bench), *tests]
+    words += ["--confcutdir=tests/triton", "--import-mode=importlib", *parallel(bench), *tests]
     interpreted = {"TRITON_INTERPRET": "1"} if bench.is_dry else {}
     environment = os.environ | interpreted | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
