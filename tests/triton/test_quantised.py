@@ -27,6 +27,8 @@ from worker.model.quant.matrix import QuantisedMatrix
 from worker.model.quant.reading import EIGHT_BITS_NOTE
 from worker.model.quant.scheme import Quantisation
 from worker.model.weights import DenseLinear, Linear, MlpWeights
+from worker.runner import hardware
+from worker.runner.cuda import triton_kernels
 
 DTYPES = (torch.bfloat16, torch.float16)
 BAR = 1
@@ -298,3 +300,9 @@ def test_what_a_gpu_will_take_is_known_before(base, option):
     layers = sum(each.num_bytes for each in (layer.qkv, layer.out, layer.mlp.up, layer.mlp.down))
     expected = weight_bytes(spec, family, Checkpoint(base), torch.bfloat16, quantisation=quantisation)
     assert weights.embed.num_bytes + weights.head.num_bytes + layers + norms == expected
+
+
+def test_models_on_a_gpu_are_loaded_with_these_products(device):
+    kernels, _ = triton_kernels("triton", torch.device(device), torch.bfloat16, [])
+    assert kernels.adapt(MADE["int4"]).product is linear_for_gpu
+    assert hardware.as_it_is(MADE["int4"]).product is not linear_for_gpu, "a CPU has its own"

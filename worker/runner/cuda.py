@@ -207,13 +207,13 @@ def triton_kernels(
     """Imported here: Triton takes a second, and a CPU has no use for it."""
     from worker.attention.flash import choose_attention
     from worker.kernels.triton.operations import TritonOperations
-    from worker.kernels.triton.quantised import linear_for_gpu, pack_for_gpu
+    from worker.kernels.triton.quantised import for_gpu, pack_for_gpu
     from worker.kernels.triton.sampling import TritonSampler
 
     chosen, why = choose_attention(attention, device, dtype)
     reasons.append(why)
     finish = partial(finished, device=device, pack=pack_for_gpu)
-    return Kernels(chosen, TritonOperations(), finish, linear_for_gpu), TritonSampler
+    return Kernels(chosen, TritonOperations(), finish, for_gpu), TritonSampler
 
 
 def finished(layer: WeightsType, /, device: torch.device, pack: Finish) -> WeightsType:

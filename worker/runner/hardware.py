@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from worker.kernels.room import Room
 from worker.model.loading import Finish
 from worker.model.lora import LoraSlots
 from worker.model.operations import Operations
-from worker.model.quant.linear import MakeProduct, linear_of
+from worker.model.quant.scheme import Quantisation
 from worker.model.weights import CPU
 from worker.parallel.group import Group, agree_on_minimum
 from worker.runner.limits import KvMemory, Limits
@@ -34,15 +35,19 @@ CPU_ATTENTIONS, GPU_ATTENTIONS = ("auto", "cpu", "reference"), ("auto", "triton"
 FOR_GPUS = ("cuda_graphs", "cuda_memory_fraction", "overlap")
 
 
+def as_it_is(quantisation: Quantisation) -> Quantisation:
+    return quantisation
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What a model is made with. `finish` gets each layer when it has been read; `product` makes what multiplies with
-    quantised matrices."""
+    """What a model is made with. `finish` gets each layer when it has been read; `adapt` says of a quantisation how its
+    products are made here."""
 
     attention: Attention
     operations: Operations
     finish: Finish
-    product: MakeProduct = linear_of
+    adapt: Callable[[Quantisation], Quantisation] = as_it_is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

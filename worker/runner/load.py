@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def load_device(settings: WorkerSettings, on_progress: OnProgress, group: Group 
     source, digest, stored = _open(settings, folder, config, spec, family, hardware.torch_device)
     dtype = hardware.choose_dtype(settings.dtype, stored, reasons)
     kernels = hardware.kernels(dtype, reasons)
-    quantisation = replace(quantisation, product=kernels.product)
+    quantisation = kernels.adapt(quantisation)
     num_bytes, num_ranks = _weight_bytes(spec, family, source, dtype, group.shard, quantisation), group.shard.size
     _check_memory(num_bytes, hardware.free_bytes(group), num_ranks)
     adapters = LoraSlots(family, dtype, hardware.torch_device)
