@@ -1090,6 +1090,7 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
     int64_t num_rows = item.count * call.group, num_tiles = ceil_div(num_rows, TILE), end = end_key(call, item);
     int64_t head_rows = num_tiles * TILE;
     Way way = way_of<E>(call, num_tiles);
+    int64_t num_turns = turns_of(way, num_rows, num_tiles, own), size = item.num_heads * call.head_bytes;
     for (int64_t head = 0; head < item.num_heads; ++head) {
         load_queries<Q, E>(call, item, item.head + head, head * head_rows, num_tiles, own);
         if (way != STRAIGHT) turn_queries(own.queries + head * head_rows * own.num_units, num_tiles * own.num_units);
@@ -1103,7 +1104,6 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
             if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
             else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
             for (int64_t head = 0; head < item.num_heads; ++head) {
-                int64_t num_turns = turns_of(way, num_rows, num_tiles, own), size = item.num_heads * call.head_bytes;
                 Coming coming(call, next, head, item.num_heads, size, num_turns);
                 int64_t offset = head * call.head_bytes;
                 lay_out(call, places, offset, coming, way, own);
