@@ -151,7 +151,7 @@ class TorchVarlen:
     name, reads_whole_pages = "torch's varlen_attn", False
 
     def __init__(self, run: Function) -> None:
-        self.run = run
+        self.run, self._knows_groups = run, "enable_gqa" in inspect.signature(run).parameters
 
     def prepare(self, step: DeviceBatch) -> Tensor | None:
         return _prompt_slots(step)
@@ -164,7 +164,7 @@ class TorchVarlen:
     ) -> Tensor:
         k, v, group = _at(prepared, k_pages), _at(prepared, v_pages), q.shape[1] // k_pages.shape[2]
         options = {}
-        if group > 1 and "enable_gqa" in inspect.signature(self.run).parameters:
+        if group > 1 and self._knows_groups:
             options = {"enable_gqa": True}
         elif group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
