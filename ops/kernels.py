@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "data" / "triton.json"
-TARGETS = ("sm_80", "sm_90", "sm_100")
 
 Usages = Sequence[dict[str, Any]]
 
@@ -30,13 +29,19 @@ def summary(found: Usages) -> str:
     by_kernel: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for each in found:
         by_kernel[each["kernel"]][each["target"]].append(each)
-    columns = " | ".join(f"{target}: registers, shared, spilled" for target in TARGETS)
-    lines = [f"| kernel | variants | {columns} |", "|---|---|" + "---|" * len(TARGETS)]
+    targets = _targets(found)
+    columns = " | ".join(f"{target}: registers, shared, spilled" for target in targets)
+    lines = [f"| kernel | variants | {columns} |", "|---|---|" + "---|" * len(targets)]
     for kernel, by_target in by_kernel.items():
         num_variants = max(map(len, by_target.values()))
-        cells = " | ".join(_range(by_target[target]) for target in TARGETS)
+        cells = " | ".join(_range(by_target[target]) for target in targets)
         lines.append(f"| `{kernel}` | {num_variants} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _targets(found: Usages) -> list[str]:
+    """Architectures, the oldest first."""
+    return sorted({each["target"] for each in found}, key=lambda target: int(target.removeprefix("sm_")))
 
 
 def _range(found: Usages) -> str:
@@ -50,14 +55,15 @@ def _range(found: Usages) -> str:
 
 def table(found: Usages) -> str:
     """Markdown: a line for each variant of a kernel, with its registers, shared bytes and spilled bytes by target."""
-    columns = " | ".join(f"{target}: registers, shared, spilled" for target in TARGETS)
-    lines = [f"| kernel | variant | {columns} |", "|---|---|" + "---|" * len(TARGETS)]
+    targets = _targets(found)
+    columns = " | ".join(f"{target}: registers, shared, spilled" for target in targets)
+    lines = [f"| kernel | variant | {columns} |", "|---|---|" + "---|" * len(targets)]
     by_variant: dict[str, dict[str, str]] = {}
     for each in found:
         cells = by_variant.setdefault(f"| `{each['kernel']}` | {each['variant']} |", {})
         cells[str(each["target"])] = f"{each['registers']}, {each['shared_bytes']:,}, {each['spill_bytes']}"
     lines += [
-        f"{start} " + " | ".join(cells.get(target, "") for target in TARGETS) + " |"
+        f"{start} " + " | ".join(cells.get(target, "") for target in targets) + " |"
         for start, cells in by_variant.items()
     ]
     return "\n".join(lines) + "\n"

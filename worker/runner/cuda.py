@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from common.job import SamplingParams
 from common.settings import WorkerSettings
 from worker.engine.device import NO_IDS, Device, Ints, RowInit, StepPlan, StepTooLarge
 from worker.model.loading import Finish, WeightsType
-from worker.model.lora import AdaptedLinear
 from worker.model.spec import AnySpec, T5Spec
+from worker.model.tree import mapped
 from worker.parallel.group import Group, agree_on_minimum
 from worker.parallel.shard import Shard
 from worker.runner.device_rows import DeviceRows
@@ -219,24 +218,8 @@ def triton_kernels(
 def finished(layer: WeightsType, /, device: torch.device, pack: Finish) -> WeightsType:
     """The layer with products for a GPU, and with all there that was made on the host of its config: orders of columns,
     tables of codes."""
-    moved: WeightsType = _moved(pack(layer), device)
+    moved: WeightsType = mapped(pack(layer), lambda node: node.to(device) if isinstance(node, Tensor) else node)
     return moved
-
-
-def _moved(node: Any, device: torch.device) -> Any:
-    if isinstance(node, Tensor):
-        return node.to(device)
-    if isinstance(node, AdaptedLinear):
-        node.base = _moved(node.base, device)
-        return node
-    if isinstance(node, list | tuple):
-        parts = [_moved(part, device) for part in node]
-        return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-    if not is_dataclass(node) or isinstance(node, type):
-        return node
-    before = {part.name: getattr(node, part.name) for part in fields(node)}
-    changed = {name: new for name, part in before.items() if (new := _moved(part, device)) is not part}
-    return replace(node, **changed) if changed else node
 
 
 def _check_gpus(settings: WorkerSettings, place: int) -> None:

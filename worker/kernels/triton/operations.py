@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from worker.kernels.triton import experts, norms, rope, summary
+from worker.kernels.triton import experts, norms, rope
 from worker.kernels.triton.activations import TritonActivation
 from worker.model.moe import StackedExperts
-from worker.model.operations import Activate, Operations, Summary, Turns, by_expert
+from worker.model.operations import Activate, Operations, Turns, by_expert
 from worker.model.spec import Activation, Norm
 from worker.model.weights import MoeWeights, NormWeights
 
@@ -51,8 +51,3 @@ class TritonOperations(Operations):
         if not rope.can_turn_and_write(turned, v, turns, pages):
             return super().turn_and_write(turned, v, num_heads, turns, pages, slots)
         return rope.turn_and_write(turned, v, num_heads, turns, pages, slots)
-
-    def summarise(self, logits: Tensor) -> Summary:
-        if not summary.can_summarise(logits):
-            return super().summarise(logits)
-        return summary.summarise(logits)

@@ -6,8 +6,8 @@ groups are no neighbours (GPTQ's act-order) are put in order once, and inputs at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.kernels.triton.ahead import Specimen
+from worker.kernels.triton.float8 import in_8_bits
 from worker.kernels.triton.products import (
     DOWN,
     FLOAT8,
@@ -29,12 +30,12 @@ from worker.kernels.triton.products import (
     multiply,
     specimen_of,
 )
-from worker.model.lora import AdaptedLinear
 from worker.model.quant.linear import coded_linear
 from worker.model.quant.matrix import QuantisedMatrix
 from worker.model.quant.reading import EIGHT_BITS_NOTE
 from worker.model.quant.rounding import LEAST_SCALE
 from worker.model.quant.scheme import Quantisation
+from worker.model.tree import mapped
 from worker.model.weights import DenseLinear, Linear, num_bytes_of
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -61,14 +62,7 @@ def quantise_rows(x, codes, scale, k, BLOCK: tl.constexpr):
     values = tl.load(x + row * k + columns, columns < k, 0.0).to(tl.float32)
     factor = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / 448.0
     tl.store(scale + row, factor)
-    values = values / factor
-    size, sign = tl.abs(values), values.to(tl.int32, bitcast=True) >> 24 & 0x80
-    bits = size.to(tl.int32, bitcast=True)
-    # exponents are 120 apart, and below 2^-6 neighbours are as far apart as those of float32 behind 2^14
-    normal = (bits + 0x7FFFF + (bits >> 20 & 1) >> 20) - 960
-    small = (size + 16384.0).to(tl.int32, bitcast=True) & 15
-    found = tl.where(size <= 464.0, tl.where(size < 0.015625, small, normal), 0x7F)
-    tl.store(codes + row * k + columns, (found | sign).to(tl.uint8), columns < k)
+    tl.store(codes + row * k + columns, in_8_bits(values / factor, 3, -6, 448.0), columns < k)
 
 
 def in_float8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,23 +192,14 @@ def nibbles(codes: Tensor) -> Tensor:
 def pack_for_gpu(weights: WeightsType) -> WeightsType:
     """A tree of dataclasses and lists whose dense products of few rows are done by a kernel of ours. Tensors stay what
     and where they are, so that it does not matter whether they are on the device yet."""
-    packed: WeightsType = _with_few_rows(weights)
+    packed: WeightsType = mapped(weights, _with_few_rows)
     return packed
 
 
-def _with_few_rows(node: Any) -> Any:
-    if isinstance(node, DenseLinear):
-        return FewRowLinear(node.weight, node.bias) if node.weight.dtype in DTYPES and node.weight.numel() else node
-    if isinstance(node, AdaptedLinear):
-        node.base = _with_few_rows(node.base)
-        return node
-    if isinstance(node, list | tuple):
-        return type(node)(map(_with_few_rows, node))
-    if not is_dataclass(node) or isinstance(node, type):
-        return node
-    before = {part.name: getattr(node, part.name) for part in fields(node)}
-    changed = {name: new for name, part in before.items() if (new := _with_few_rows(part)) is not part}
-    return replace(node, **changed) if changed else node
+def _with_few_rows(node: object) -> object:
+    if isinstance(node, DenseLinear) and node.weight.dtype in DTYPES and node.weight.numel():
+        return FewRowLinear(node.weight, node.bias)
+    return node
 
 
 MANY_ROWS = 1024
