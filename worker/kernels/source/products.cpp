@@ -25,6 +25,12 @@ namespace {
 constexpr int64_t STEP = 32;  // of k, in bfloat16
 constexpr int64_t STEP_ELEMENTS = PANEL * STEP;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of x, which should stay in the second-level cache
+constexpr int64_t MOST_BYTES = 1 << 22;   // of x, which passes every panel: more should not have to come from memory
+
+template <class T>
+int64_t panel_elements(int64_t k) {
+    return sizeof(T) == 4 ? k * PANEL : ceil_div(k, STEP) * STEP_ELEMENTS;
+}
 
 // Purposes of scratch memory.
 struct RowsInTiles {};
@@ -71,11 +77,12 @@ INLINE void finish(floats left, floats right, const Product& p, int64_t row, int
 // Neighbouring panels that a thread takes at a time: it reads on where it is, and the end comes for all at once.
 constexpr int64_t MOST_PANELS = 8, TURNS = 4;
 
-// Calls `work(for_each)` on some threads, whose `for_each(multiply)` calls `multiply(first, end, next)` for pieces. Behind a
-// piece a thread's next one, which begins at `next`, is the one after the next, most likely.
+// Calls `work(for_each)` on some threads, whose `for_each(multiply)` calls `multiply(first, end, next)` for pieces of whole
+// units, but for the last one. Behind a piece a thread's next one, which begins at `next`, is the one after the next, most
+// likely.
 template <class Work>
-void for_pieces(int64_t num_panels, const Work& work) {
-    int64_t size = std::max<int64_t>(std::min(MOST_PANELS, num_panels / (TURNS * num_threads())), 1);
+void for_pieces(int64_t num_panels, int64_t unit, const Work& work) {
+    int64_t size = std::max<int64_t>(std::min(MOST_PANELS, num_panels / (TURNS * num_threads())) / unit, 1) * unit;
     in_parallel(ceil_div(num_panels, size), [&](Pieces& pieces) {
         work([&](auto&& multiply) {
             for (int64_t piece; pieces.next(piece);)
@@ -87,7 +94,7 @@ void for_pieces(int64_t num_panels, const Work& work) {
 // The same panel by panel, `multiply(panel, next)`.
 template <class Work>
 void for_panels(int64_t num_panels, const Work& work) {
-    for_pieces(num_panels, [&](auto&& for_each_piece) {
+    for_pieces(num_panels, 1, [&](auto&& for_each_piece) {
         work([&](auto&& multiply) {
             for_each_piece([&](int64_t first, int64_t end, int64_t next) {
                 for (int64_t panel = first; panel < end; ++panel) multiply(panel, panel + 1 < end ? panel + 1 : next);
@@ -96,11 +103,16 @@ void for_panels(int64_t num_panels, const Work& work) {
     });
 }
 
-// float32, and bfloat16 without tiles: some rows of x at a time against one panel, sums in registers.
+// float32, and bfloat16 without tiles: some rows of x at a time against a panel or two, sums in registers. Two panels take
+// fewer loads for each product, which counts where weights are in a cache.
 
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 8;
+constexpr int PANELS_AT_ONCE = 2;
+template <int PANELS>
+constexpr int MOST_ROWS = PANELS == 1 ? 8 : 6;
 #else
+constexpr int PANELS_AT_ONCE = 1;
+template <int PANELS>
 constexpr int MOST_ROWS = 3;
 #endif
 
@@ -122,17 +134,15 @@ struct Coming {
     }
 };
 
-template <int ROWS>
-INLINE void rows_by_panel(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2]) {
+template <int ROWS, int PANELS>
+INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     constexpr int64_t AT_ONCE = PIECE / (PANEL * sizeof(float));
-    floats own[ROWS][2] = {};
+    floats own[ROWS][2 * PANELS] = {}, weights[2 * PANELS];
     for (int64_t at = 0; at < k; ++at, packed += PANEL) {
         if (at % AT_ONCE == 0) coming.call_some();
-        floats left = load(packed), right = load(packed + LANES);
-        for (int row = 0; row < ROWS; ++row) {
-            own[row][0] += x[row][at] * left;
-            own[row][1] += x[row][at] * right;
-        }
+        for (int part = 0; part < 2 * PANELS; ++part) weights[part] = load(packed + part / 2 * k * PANEL + part % 2 * LANES);
+        for (int row = 0; row < ROWS; ++row)
+            for (int part = 0; part < 2 * PANELS; ++part) own[row][part] += x[row][at] * weights[part];
     }
     memcpy(sums, own, sizeof own);
 }
@@ -157,66 +167,78 @@ INLINE uint32_t pair_at(const bf16* x, int64_t at, int64_t k) {
     return pair;
 }
 
-template <int ROWS>
-INLINE void rows_by_panel(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2]) {
+template <int ROWS, int PANELS>
+INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE);
-    floats own[ROWS][2] = {};
+    floats own[ROWS][2 * PANELS] = {};
+    int64_t size = panel_elements<bf16>(k);
     for (int64_t step = 0; step < k; step += STEP, packed += STEP_ELEMENTS) {
         coming.call_some();
         for (int64_t at = step; at < std::min(step + STEP, k); at += 2) {
             const bf16* pairs = packed + (at - step) * TILE;
             for (int row = 0; row < ROWS; ++row) {
                 uint32_t pair = pair_at(x[row], at, k);
-                own[row][0] = add_pairs(own[row][0], pair, pairs);
-                own[row][1] = add_pairs(own[row][1], pair, pairs + TILE * STEP);
+                for (int part = 0; part < 2 * PANELS; ++part)
+                    own[row][part] = add_pairs(own[row][part], pair, pairs + part / 2 * size + part % 2 * TILE * STEP);
             }
         }
     }
     memcpy(sums, own, sizeof own);
 }
 
-template <class T, int ROWS>
-void some_rows(const Product& p, int64_t first, int64_t panel, const T* packed, const Coming& coming) {
-    const T* x[ROWS];
+template <class T, int PANELS, int ROWS>
+void some_rows(const Product& p, int64_t first, int64_t panel, const Coming& coming) {
+    const T *x[ROWS], *packed = (const T*)p.packed + panel * panel_elements<T>(p.k);
     for (int row = 0; row < ROWS; ++row) x[row] = (const T*)p.x + (first + row) * p.x_stride;
-    floats sums[ROWS][2];
-    rows_by_panel<ROWS>(x, packed, p.k, coming, sums);
-    for (int row = 0; row < ROWS; ++row) finish<T>(sums[row][0], sums[row][1], p, first + row, panel);
+    floats sums[ROWS][2 * PANELS];
+    rows_by_panels<ROWS, PANELS>(x, packed, p.k, coming, sums);
+    for (int row = 0; row < ROWS; ++row)
+        for (int at = 0; at < PANELS; ++at) finish<T>(sums[row][2 * at], sums[row][2 * at + 1], p, first + row, panel + at);
 }
 
-template <class T, int ROWS = MOST_ROWS>
-void last_rows(const Product& p, int64_t first, int64_t count, int64_t panel, const T* packed, const Coming& coming) {
-    if (count == ROWS) return some_rows<T, ROWS>(p, first, panel, packed, coming);
-    if constexpr (ROWS > 1) last_rows<T, ROWS - 1>(p, first, count, panel, packed, coming);
-}
-
-template <class T>
-int64_t panel_elements(int64_t k) {
-    return sizeof(T) == 4 ? k * PANEL : ceil_div(k, STEP) * STEP_ELEMENTS;
+template <class T, int PANELS, int ROWS = MOST_ROWS<PANELS>>
+void last_rows(const Product& p, int64_t first, int64_t count, int64_t panel, const Coming& coming) {
+    if (count == ROWS) return some_rows<T, PANELS, ROWS>(p, first, panel, coming);
+    if constexpr (ROWS > 1) last_rows<T, PANELS, ROWS - 1>(p, first, count, panel, coming);
 }
 
 // Rows of x that are multiplied with all panels before the next ones are.
 int64_t rows_at_a_time(int64_t bytes_per_row, int64_t unit) {
-    return std::max(BLOCK_BYTES / bytes_per_row / unit, (int64_t)1) * unit;
+    return std::max(MOST_BYTES / bytes_per_row / unit, (int64_t)1) * unit;
 }
 
-template <class T>
+// Rows from `begin` to `end` against panels from `panel` on; then comes `next`.
+template <class T, int PANELS>
+void multiply_panels(const Product& p, int64_t begin, int64_t end, int64_t panel, int64_t next) {
+    constexpr int MOST = MOST_ROWS<PANELS>;
+    int64_t size = panel_elements<T>(p.k), lines = ceil_div(PANELS * LINES_AT_ONCE, ceil_div(end - begin, MOST));
+    const T* wanted = (const T*)p.packed + next * size;
+    Coming coming{(const char*)wanted, (const char*)(wanted + PANELS * size), lines};
+    for (int64_t row = begin; row < end; row += MOST) {
+        last_rows<T, PANELS>(p, row, std::min<int64_t>(MOST, end - row), panel, coming);
+        coming.from += ceil_div(size * (int64_t)sizeof(T), PIECE) * lines * LINE;
+    }
+}
+
+template <class T, int PANELS>
 void multiply_with_vectors(const Product& p) {
-    int64_t most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS);
+    int64_t most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS<PANELS>);
     for (int64_t begin = 0; begin < p.num_rows; begin += most) {
         int64_t end = std::min(begin + most, p.num_rows);
-        for_panels(p.num_panels(), [&](auto&& for_each) {
-            for_each([&](int64_t panel, int64_t next) {
-                int64_t size = panel_elements<T>(p.k), turns = ceil_div(end - begin, MOST_ROWS), lines = ceil_div(LINES_AT_ONCE, turns);
-                const T *all = (const T*)p.packed, *packed = all + panel * size, *wanted = all + next * size;
-                Coming coming{(const char*)wanted, (const char*)(wanted + size), lines};
-                for (int64_t row = begin; row < end; row += MOST_ROWS) {
-                    last_rows<T>(p, row, std::min<int64_t>(MOST_ROWS, end - row), panel, packed, coming);
-                    coming.from += ceil_div(size * (int64_t)sizeof(T), PIECE) * lines * LINE;
-                }
+        for_pieces(p.num_panels(), PANELS, [&](auto&& for_each) {
+            for_each([&](int64_t panel, int64_t piece_end, int64_t next) {
+                for (; panel + PANELS <= piece_end; panel += PANELS)
+                    multiply_panels<T, PANELS>(p, begin, end, panel, panel + PANELS < piece_end ? panel + PANELS : next);
+                for (; panel < piece_end; ++panel) multiply_panels<T, 1>(p, begin, end, panel, panel + 1);
             });
         });
     }
+}
+
+// Rows that one panel takes in one go wait for weights from memory.
+template <class T>
+void multiply_with_vectors(const Product& p) {
+    p.num_rows > MOST_ROWS<1> ? multiply_with_vectors<T, PANELS_AT_ONCE>(p) : multiply_with_vectors<T, 1>(p);
 }
 
 #ifdef __AMX_BF16__
@@ -397,7 +419,7 @@ void multiply_many(const Product& p) {
             lay_out_rows(p, begin + tile * TILE, std::min(TILE, count - tile * TILE), num_steps, x + tile * tile_rows);
         });
         bool stays = count * num_steps * STEP * (int64_t)sizeof(bf16) <= BLOCK_BYTES;
-        for_pieces(p.num_panels(), [&](auto&& for_each) {
+        for_pieces(p.num_panels(), 1, [&](auto&& for_each) {
             // what lies behind the last row of a tile comes to nothing but sums that nobody reads
             configure(TILE, TILE);
             float* sums = (float*)scratch<Sums>(MOST_PANELS * whole * PANEL * sizeof(float));
