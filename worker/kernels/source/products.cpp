@@ -134,55 +134,68 @@ struct Coming {
     }
 };
 
+// What one register holds: the compiler keeps what it would have to split in memory.
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;
+#else
+constexpr int WIDTH = 8;
+#endif
+constexpr int PARTS = PANEL / WIDTH;  // of a panel
+
+typedef float Register __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint32_t Pairs __attribute__((vector_size(WIDTH * sizeof(float))));
+
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     constexpr int64_t AT_ONCE = PIECE / (PANEL * sizeof(float));
-    floats own[ROWS][2 * PANELS] = {}, weights[2 * PANELS];
+    Register own[ROWS][PARTS * PANELS] = {}, weights;
     for (int64_t at = 0; at < k; ++at, packed += PANEL) {
         if (at % AT_ONCE == 0) coming.call_some();
-        for (int part = 0; part < 2 * PANELS; ++part) weights[part] = load(packed + part / 2 * k * PANEL + part % 2 * LANES);
-        for (int row = 0; row < ROWS; ++row)
-            for (int part = 0; part < 2 * PANELS; ++part) own[row][part] += x[row][at] * weights[part];
+        for (int part = 0; part < PARTS * PANELS; ++part) {
+            memcpy(&weights, packed + part / PARTS * k * PANEL + part % PARTS * WIDTH, sizeof weights);
+            for (int row = 0; row < ROWS; ++row) own[row][part] += x[row][at] * weights;
+        }
     }
     memcpy(sums, own, sizeof own);
 }
 
-INLINE floats add_pairs(floats sum, uint32_t pair, const bf16* packed) {
+INLINE Register add_pairs(Register sum, uint32_t pair, Pairs weights) {
 #ifdef __AVX512BF16__
-    __m512bh weights;
-    memcpy(&weights, packed, sizeof weights);
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), weights);
+    return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
 #else
-    uints weights;
-    memcpy(&weights, packed, sizeof weights);
-    floats first = (floats)(uints{} + (pair << 16)), second = (floats)(uints{} + (pair & 0xffff0000u));
-    sum += first * (floats)(weights << 16);
-    return sum + second * (floats)(weights & 0xffff0000u);
+    Register first = (Register)(Pairs{} + (pair << 16)), second = (Register)(Pairs{} + (pair & 0xffff0000u));
+    sum += first * (Register)(weights << 16);
+    return sum + second * (Register)(weights & 0xffff0000u);
 #endif
 }
 
-INLINE uint32_t pair_at(const bf16* x, int64_t at, int64_t k) {
-    uint32_t pair = 0;
-    memcpy(&pair, x + at, at + 1 < k ? 4 : 2);
-    return pair;
+// Two neighbouring numbers of each row, of the last one a half, times what belongs to them.
+template <int ROWS, int PANELS>
+INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const bf16* packed, int64_t size,
+                     Register (&sums)[ROWS][PARTS * PANELS]) {
+    uint32_t pairs[ROWS] = {};
+    for (int row = 0; row < ROWS; ++row) memcpy(&pairs[row], x[row] + at, num_bytes);
+    for (int part = 0; part < PARTS * PANELS; ++part) {
+        int64_t column = part % PARTS * WIDTH;
+        Pairs weights;
+        memcpy(&weights, packed + part / PARTS * size + column / TILE * TILE * STEP + column % TILE * 2, sizeof weights);
+        for (int row = 0; row < ROWS; ++row) sums[row][part] = add_pairs(sums[row][part], pairs[row], weights);
+    }
 }
 
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE);
-    floats own[ROWS][2 * PANELS] = {};
-    int64_t size = panel_elements<bf16>(k);
-    for (int64_t step = 0; step < k; step += STEP, packed += STEP_ELEMENTS) {
-        coming.call_some();
-        for (int64_t at = step; at < std::min(step + STEP, k); at += 2) {
-            const bf16* pairs = packed + (at - step) * TILE;
-            for (int row = 0; row < ROWS; ++row) {
-                uint32_t pair = pair_at(x[row], at, k);
-                for (int part = 0; part < 2 * PANELS; ++part)
-                    own[row][part] = add_pairs(own[row][part], pair, pairs + part / 2 * size + part % 2 * TILE * STEP);
-            }
+    Register own[ROWS][PARTS * PANELS] = {};
+    int64_t size = panel_elements<bf16>(k), at = 0;
+    for (; at + 1 < k; at += 2, packed += 2 * TILE) {
+        if (at % STEP == 0) {
+            coming.call_some();
+            if (at) packed += TILE * STEP;
         }
+        add_pair<ROWS, PANELS>(x, at, 4, packed, size, own);
     }
+    if (at < k) add_pair<ROWS, PANELS>(x, at, 2, packed + (at && at % STEP == 0) * TILE * STEP, size, own);
     memcpy(sums, own, sizeof own);
 }
 
