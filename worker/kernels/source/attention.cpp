@@ -180,10 +180,10 @@ struct Singles {
     static constexpr int64_t PER_UNIT = 1;
     static constexpr int DEGREE = 6;
 
-    static INLINE floats add(floats sum, uint32_t unit, uints with) {
+    static INLINE Register add(Register sum, uint32_t unit, Units with) {
         float factor;
         memcpy(&factor, &unit, sizeof factor);
-        return sum + factor * (floats)with;
+        return sum + factor * (Register)with;
     }
 };
 
@@ -194,17 +194,11 @@ struct Pairs {
     static constexpr int64_t PER_UNIT = 2;
     static constexpr int DEGREE = 4;
 
-    static INLINE floats add(floats sum, uint32_t unit, uints with) {
-        return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)with);
+    static INLINE Register add(Register sum, uint32_t unit, Units with) {
+        return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)with);
     }
 };
 #endif
-
-INLINE uints load_units(const uint32_t* from) {
-    uints found;
-    memcpy(&found, from, sizeof found);
-    return found;
-}
 
 INLINE void store_units(uint32_t* to, uints units) { memcpy(to, &units, sizeof units); }
 
@@ -245,20 +239,24 @@ INLINE void store_token_units(const bf16* const* rows, int64_t num_columns, uint
 #ifdef __AVX512F__
 constexpr int ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 4;
 #else
-constexpr int ROWS_AT_ONCE = 2, VECTORS_AT_ONCE = 2;
+constexpr int ROWS_AT_ONCE = 3, VECTORS_AT_ONCE = 2;
 #endif
 
 // Sums of left [rows][16] and right [16][16] over `num_units`, which lie in blocks; right ones `right_stride` units apart.
 template <class E, int ROWS, int VECTORS>
 INLINE void add_products(floats (&sums)[ROWS][VECTORS], const uint32_t* left, const uint32_t* right, int64_t right_stride,
                          int64_t num_units) {
+    Register own[ROWS][VECTORS * LANES / WIDTH];
+    memcpy(own, sums, sizeof own);
     for (int64_t block = 0; block < num_units; block += TILE, left += UNITS, right += right_stride)
         for (int64_t unit = 0; unit < std::min(TILE, num_units - block); ++unit)
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                uints with = load_units(right + vector * UNITS + unit * TILE);
+            for (int column = 0; column < VECTORS * LANES; column += WIDTH) {
+                Units with;
+                memcpy(&with, right + column / LANES * UNITS + unit * TILE + column % LANES, sizeof with);
                 for (int row = 0; row < ROWS; ++row)
-                    sums[row][vector] = E::add(sums[row][vector], left[row * TILE + unit], with);
+                    own[row][column / WIDTH] = E::add(own[row][column / WIDTH], left[row * TILE + unit], with);
             }
+    memcpy(sums, own, sizeof own);
 }
 
 template <class E, int ROWS, int VECTORS>

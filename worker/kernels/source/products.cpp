@@ -134,16 +134,7 @@ struct Coming {
     }
 };
 
-// What one register holds: the compiler keeps what it would have to split in memory.
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
 constexpr int PARTS = PANEL / WIDTH;  // of a panel
-
-typedef float Register __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint32_t Pairs __attribute__((vector_size(WIDTH * sizeof(float))));
 
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
@@ -159,11 +150,11 @@ INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k
     memcpy(sums, own, sizeof own);
 }
 
-INLINE Register add_pairs(Register sum, uint32_t pair, Pairs weights) {
+INLINE Register add_pairs(Register sum, uint32_t pair, Units weights) {
 #ifdef __AVX512BF16__
     return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
 #else
-    Register first = (Register)(Pairs{} + (pair << 16)), second = (Register)(Pairs{} + (pair & 0xffff0000u));
+    Register first = (Register)(Units{} + (pair << 16)), second = (Register)(Units{} + (pair & 0xffff0000u));
     sum += first * (Register)(weights << 16);
     return sum + second * (Register)(weights & 0xffff0000u);
 #endif
@@ -177,7 +168,7 @@ INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const 
     for (int row = 0; row < ROWS; ++row) memcpy(&pairs[row], x[row] + at, num_bytes);
     for (int part = 0; part < PARTS * PANELS; ++part) {
         int64_t column = part % PARTS * WIDTH;
-        Pairs weights;
+        Units weights;
         memcpy(&weights, packed + part / PARTS * size + column / TILE * TILE * STEP + column % TILE * 2, sizeof weights);
         for (int row = 0; row < ROWS; ++row) sums[row][part] = add_pairs(sums[row][part], pairs[row], weights);
     }

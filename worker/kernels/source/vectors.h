@@ -22,6 +22,16 @@ typedef uint32_t uints __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef int8_t bytes __attribute__((vector_size(16)));
 
+// What one register holds. Many sums are kept in these: what the compiler has to split, it keeps in memory.
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;
+#else
+constexpr int WIDTH = 8;
+#endif
+
+typedef float Register __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint32_t Units __attribute__((vector_size(WIDTH * sizeof(float))));
+
 struct bf16 {
     uint16_t bits;
 };
