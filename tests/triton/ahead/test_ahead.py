@@ -11,7 +11,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from ops.kernels import table
-from worker.kernels.triton.ahead import TARGETS, Specimen, all_specimens, compile, modules
+from worker.kernels.triton.ahead import TARGETS, Specimen, all_specimens, compile, instructions, modules
 
 SPECIMENS = all_specimens()
 
@@ -36,6 +36,13 @@ def test_a_kernel_compiles_and_none_of_decoding_spills(specimen, target):
     usage = compile(specimen, target)
     assert usage.registers > 0
     assert usage.spill_bytes == 0 or target != "sm_90" or not specimen.is_decode
+
+
+@pytest.mark.parametrize("kernel", ["quantise_rows", "turn_and_write_heads", "select"])
+def test_what_is_rounded_to_whole_codes_was_divided_to_the_nearest(kernel):
+    """The interpreter divides so whatever a kernel says."""
+    said = [instructions(each, "sm_90") for each in SPECIMENS if each.kernel_name == kernel]
+    assert any("div.rn.f32" in each for each in said) and not any("div.full" in each for each in said)
 
 
 def test_spilling_is_seen():

@@ -78,10 +78,19 @@ def all_specimens() -> list[Specimen]:
 
 def compile(specimen: Specimen, target: str) -> Usage:
     """Raises whatever Triton or its assembler raises if the kernel cannot be compiled for `target`."""
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
-    compiled = triton.compile(_source(specimen), target=TARGETS[target], options=options)
+    compiled = _compiled(specimen, target)
     registers, local_bytes = _resources(compiled.asm["cubin"])
     return Usage(specimen.kernel_name, specimen.name, target, registers, compiled.metadata.shared, local_bytes)
+
+
+def instructions(specimen: Specimen, target: str) -> str:
+    """PTX."""
+    return str(_compiled(specimen, target).asm["ptx"])
+
+
+def _compiled(specimen: Specimen, target: str) -> Any:
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    return triton.compile(_source(specimen), target=TARGETS[target], options=options)
 
 
 def _source(specimen: Specimen) -> ASTSource:

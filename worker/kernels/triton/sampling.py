@@ -388,7 +388,7 @@ def select(
             target = tl.where(kind == EACH_TOKEN, top_k.to(tl.float32), tl.where(kind == MASS, top_p, typical_p) * mass)
             if kind == MASS_BY_DISTANCE:
                 # surprise minus entropy is the mean of all scores minus the token's own
-                centre = most + tl.sum(moments, 0) / mass
+                centre = most + tl.div_rn(tl.sum(moments, 0), mass)
             edge = threshold(
                 kind, target, most, mine, candidates, row, counts, low, limit, centre, radius, LIST, VOCAB, TILE
             )
@@ -426,7 +426,7 @@ def last_of_ties(target, edge, most, mine, row, counts, VOCAB: tl.constexpr, TIL
         scores, _ = kept_scores(start, mine, row, counts, everything, ALL_IDS, 0.0, anywhere, VOCAB, TILE)
         masses += tl.where(scores > edge, tl.exp(scores - most), 0.0)
         ties += tl.where(scores == edge, 1, 0)
-    missing = (target - tl.sum(masses, 0)) / tl.exp(edge - most)
+    missing = tl.div_rn(target - tl.sum(masses, 0), tl.exp(edge - most))
     wanted = tl.maximum(tl.ceil(tl.minimum(missing, 1.0 * VOCAB)), 1.0).to(tl.int32)
     limit = tl.full((), ALL_IDS, tl.int32)
     if wanted < tl.sum(ties, 0):
