@@ -65,7 +65,8 @@ class Buffers:
 
     def _make(self, size: int) -> None:
         self.numbers_here, self.results_here = (self._streams.host_buffer(size) for _ in range(2))
-        self.numbers, self.results = torch.zeros((2, size), dtype=torch.int32, device=self._streams.device).unbind()
+        # not zeros: nothing would order them and what is copied there
+        self.numbers, self.results = torch.empty((2, size), dtype=torch.int32, device=self._streams.device).unbind()
 
 
 @dataclass(slots=True, eq=False)

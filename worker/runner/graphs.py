@@ -65,6 +65,8 @@ class DecodeGraphs:
 
     def capture(self, sizes: Sequence[int], limit_s: float, clock: Callable[[], float]) -> None:
         """Of `sizes` what can be had within `limit_s`, the largest first: the others find the memory that it took."""
+        # what was made for them belongs to no stream
+        self._streams.drain()
         began_at = clock()
         for size in sorted(sizes, reverse=True):
             if clock() - began_at > limit_s:

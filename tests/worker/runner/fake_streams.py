@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.runner.streams import Stream, Work
 
@@ -95,10 +97,13 @@ class FakeStreams:
         self.graphs: list[FakeGraph] = []
         self.loss: Loss | None = None
         self.num_tidied = self.most_queued = 0
+        self.is_inside = False
+        self.astray: list[str] = []
 
     # What GpuDevice calls.
 
     def run(self, stream: Stream, work: Work) -> None:
+        assert not self.astray, "of these nobody knows when they happen"
         is_lost = stream is Stream.COMPUTE and self.loss is not None and self.loss.strikes()
         if is_lost and self._rng.random() < 0.5:
             raise torch.OutOfMemoryError("out of memory. Tried to allocate a lot.")
@@ -111,7 +116,9 @@ class FakeStreams:
 
     @contextmanager
     def at_once(self, stream: Stream) -> Iterator[None]:
+        before, self.is_inside = self.is_inside, True
         yield
+        self.is_inside = before
 
     def record(self, stream: Stream) -> FakeEvent:
         event = FakeEvent(self, stream)
@@ -126,17 +133,20 @@ class FakeStreams:
     def drain(self) -> None:
         while any(self._queues.values()):
             self._go_on(lazily=None)
+        self.astray.clear()
 
     def tidy(self) -> None:
         assert not any(self._queues.values()), "memory is given back while streams use it"
         self.num_tidied += 1
 
     def host_buffer(self, num_words: int) -> Tensor:
-        return torch.full((num_words,), POISON, dtype=torch.int32)
+        return torch.from_numpy(np.full(num_words, POISON, np.int32))
 
     def capture(self, work: Work) -> FakeGraph:
+        assert not self.astray, "of these nobody knows when they happen"
         self.drain()
-        work()
+        with self.at_once(Stream.COMPUTE):
+            work()
         self.graphs.append(FakeGraph(work))
         return self.graphs[-1]
 
@@ -183,4 +193,18 @@ class FakeStreams:
         if isinstance(head, FakeEvent):
             head.is_done = True
         elif not isinstance(head, tuple):
-            head()
+            with self.at_once(stream):
+                head()
+
+
+class DefaultStream(TorchDispatchMode):
+    """Notes as `astray` what writes and is given to none of `streams`: it happens at any time until they are drained."""
+
+    def __init__(self, streams: FakeStreams) -> None:
+        super().__init__()
+        self._streams = streams
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self._streams.is_inside and not function.is_view and not function.name().startswith("aten::empty"):
+            self._streams.astray.append(function.name())
+        return function(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worker.runner.fake_streams import ALL_WAITS, FakeStreams, Loss
+from tests.worker.runner.fake_streams import ALL_WAITS, DefaultStream, FakeStreams, Loss
 from tests.worker.runner.gpu_runs import (
     SIZES,
     agrees,
@@ -272,6 +272,21 @@ def test_numbers_of_a_step_may_be_more_than_any_before() -> None:
         buffers._make(4)
     assert agrees(run_traffic(device, 2), 2)
     assert len(device._free[0].numbers) > 4
+
+
+@pytest.mark.parametrize("graph_sizes", GRAPHS)
+def test_nothing_happens_on_a_device_outside_of_its_streams(graph_sizes) -> None:
+    streams = FakeStreams(1)
+    with DefaultStream(streams):
+        torch.zeros(1)
+        assert streams.astray, "it would be noticed"
+        device = gpu_device(streams, 1, graph_sizes)
+        assert not streams.astray
+        for buffers in device._free:
+            buffers._make(4)
+        run = run_traffic(device, 1, 8)
+        assert len(device._free[0].numbers) > 4
+    assert agrees(run, 1, 8)
 
 
 def test_drafts_are_refused_where_nobody_compares_them() -> None:
