@@ -33,6 +33,7 @@ from worker.attention.pages import page_width
 from worker.engine.device import TOKEN_ON_DEVICE, StepPlan, StepResult, StepTooLarge
 from worker.model.lora import LoraSlots
 from worker.model.t5 import T5
+from worker.parallel.group import agree_on_minimum
 from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
 from worker.runner.device_rows import Changes, DeviceRows, Words
@@ -137,7 +138,13 @@ class GpuDevice:
         graphs = DecodeGraphs(
             self._streams, self._decode, self._sampler, logits, spare_row, has_encoder=self._has_encoder
         )
-        graphs.capture(sizes, limit_s, clock)
+        began_at = clock()
+
+        def has_time() -> bool:
+            """All ranks go by the slowest: a graph's collectives need every one of them."""
+            return bool(agree_on_minimum(self._model.group, int(clock() - began_at <= limit_s)))
+
+        graphs.capture(sizes, has_time)
         self._graphs = graphs
         if len(graphs.sizes) == len(sizes):
             return f"cuda_graphs of {len(sizes)} sizes up to {max(sizes)} rows"

@@ -63,13 +63,13 @@ class DecodeGraphs:
         place = bisect_left(self.sizes, num_rows)
         return self.sizes[place] if place < len(self.sizes) else None
 
-    def capture(self, sizes: Sequence[int], limit_s: float, clock: Callable[[], float]) -> None:
-        """Of `sizes` what can be had within `limit_s`, the largest first: the others find the memory that it took."""
+    def capture(self, sizes: Sequence[int], has_time: Callable[[], bool]) -> None:
+        """Of `sizes` what can be had while it `has_time`, the largest first: the others find the memory that it
+        took."""
         # what was made for them belongs to no stream
         self._streams.drain()
-        began_at = clock()
         for size in sorted(sizes, reverse=True):
-            if clock() - began_at > limit_s:
+            if not has_time():
                 return
             self._streams.run(Stream.COMPUTE, partial(self._set_spare, size))
             self._forwards[size] = self._streams.capture(partial(self._run_forward, size))

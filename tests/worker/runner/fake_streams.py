@@ -198,7 +198,8 @@ class FakeStreams:
 
 
 class DefaultStream(TorchDispatchMode):
-    """Notes as `astray` what writes and is given to none of `streams`: it happens at any time until they are drained."""
+    """Notes as `astray` what writes and is given to none of `streams`: until they are drained nobody knows when it
+    happens."""
 
     def __init__(self, streams: FakeStreams) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.lockstep import run_ranks
 from tests.worker.runner.fake_streams import ALL_WAITS, DefaultStream, FakeStreams, Loss
 from tests.worker.runner.gpu_runs import (
     SIZES,
@@ -23,6 +25,8 @@ from tests.worker.runner.gpu_runs import (
 )
 from worker.engine import scheduler as scheduler_module
 from worker.engine.device import StepTooLarge
+from worker.parallel.group import Alone, Group
+from worker.parallel.shard import Shard
 from worker.runner.device_rows import DeviceRows
 from worker.runner.gpu_device import Buffers, GpuDevice
 from worker.runner.graphs import DecodeGraphs, default_sizes
@@ -185,6 +189,18 @@ def test_graphs_are_captured_largest_first_until_the_time_is_over() -> None:
     assert said == "cuda_graphs from 4 to 6 rows: to capture all 4 sizes takes longer than 60 s"
     assert [device._graphs.size_for(number) for number in (1, 4, 5, 6, 7)] == [4, 4, 6, 6, None]
     assert agrees(run_traffic(device, 1), 1)
+
+
+def test_ranks_capture_what_the_slowest_has_time_for() -> None:
+    def captured(group: Group) -> list[int]:
+        device, times = gpu_device(FakeStreams(), 1), count(0.0, 25.0 * group.shard.rank)
+        device.model.group = group
+        device.capture([1, 2, 4, 6], 60.0, lambda: next(times))
+        return device._graphs.sizes
+
+    alone, slow = Alone(), SimpleNamespace(shard=Shard(1, 2), all_gather=Alone().all_gather)
+    assert [captured(each) for each in (alone, slow)] == [[1, 2, 4, 6], [4, 6]]
+    assert run_ranks(2, captured) == [[4, 6]] * 2
 
 
 def test_the_default_sizes_reach_to_all_rows() -> None:
