@@ -3,9 +3,10 @@
 python ops/bench/gpu.py [--rows a,b,c,d,e,f,g,i,j] [--json docs/data/gpu.json] [--plots docs/plots] [--again]
 
 Needs nothing but this repository and what docs/gpu-checks.md lists. Models are made of random numbers on the device.
-Each row has a process of its own, which is ended after four minutes. Its figures go into the file when it is done, so
-that a run that was stopped goes on with the rows that are missing; a row that is there is measured again with
-`--again`, or on another GPU. Status 1: a bar is missed.
+Each row has a process of its own, which is ended after four minutes with all that it started; figures that it had by
+then are kept. They go into the file when a row is done, so that a run that was stopped goes on with the rows that are
+missing or lack a figure that has a bar; a row that is there is measured again with `--again`, or on another GPU.
+Status 1: a bar is missed. Status 2: there is no GPU.
 
 `--dry-run` does the same in a minute or two on a CPU with tiny shapes; its figures mean nothing and meet no bar.
 """
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +43,12 @@ Row = dict[str, Any]
 
 
 def child_main(name: str, *, is_dry: bool) -> None:
-    """Measures one row and says what it found in one line."""
+    """Measures one row, and says all that it has found, in one line, each time that is more."""
     with tempfile.TemporaryDirectory(prefix="inferfleet-gpu-") as folder:
-        found = ROWS[name][1](Bench(Path(folder), is_dry=is_dry))
+        tell(ROWS[name][1](Bench(Path(folder), is_dry=is_dry, tell=tell)))
+
+
+def tell(found: Found) -> None:
     print(RESULT + json.dumps(as_row(found)), flush=True)
 
 
@@ -51,18 +58,43 @@ def as_row(found: Found) -> Row:
 
 
 def measured(name: str, *, is_dry: bool) -> Row:
-    """In a process of its own. One that fails is a row whose only figure is missing."""
+    """In a process of its own. One that fails is a row with what it had found, whose last figure is missing."""
     words = [sys.executable, "-m", "ops.bench.gpu", "--child", name, *["--dry-run"] * is_dry]
     began = time.perf_counter()
-    try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=ROW_LIMIT_S, check=False)
-        lines, said = done.stdout.splitlines(), done.stderr
-    except subprocess.TimeoutExpired:
-        lines, said = [], f"it took longer than {ROW_LIMIT_S:.0f} s"
-    results = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
-    missing = Found([Figure("the row ends", None, bar=1.0, note=said.strip()[-MAX_SAID:])])
-    row: Row = json.loads(results[-1]) if results else as_row(missing)
+    said, problem = output_of(words, ROW_LIMIT_S)
+    results = [line.removeprefix(RESULT) for line in said.splitlines() if line.startswith(RESULT)]
+    row: Row = json.loads(results[-1]) if results else as_row(Found())
+    if problem:
+        missing = as_row(Found([Figure("the row ends", None, bar=1.0, note=problem[-MAX_SAID:])]))
+        row |= {"figures": row["figures"] + missing["figures"], "met": False}
     return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def output_of(words: Sequence[str], limit_s: float) -> tuple[str, str]:
+    """What a command says, and why it did not come to its end, which is nothing if it did. What it started ends with
+    it: whatever stays would keep memory of the GPU."""
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
+        child = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=complaints, start_new_session=True)
+        problem = ""
+        try:
+            child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            problem = f"it took longer than {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            status = child.wait()
+        for file in (said, complaints):
+            file.seek(0)
+        if status and not problem:
+            problem = complaints.read().strip() or f"it ended with status {status}"
+        return said.read(), problem
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def about(*, is_dry: bool) -> Row:
@@ -73,13 +105,13 @@ def about(*, is_dry: bool) -> Row:
 
 
 def wanted(names: Sequence[str], known: dict[str, Row], hardware: str, *, again: bool) -> list[str]:
-    """Those that are to be measured: a row of the same hardware that came to its end is not."""
+    """Those that are to be measured: a row of the same hardware that has all that bars are for is not."""
     done = {name for name, row in known.items() if row["about"]["hardware"] == hardware and _has_ended(row)}
     return [name for name in names if again or name not in done]
 
 
 def _has_ended(row: Row) -> bool:
-    return bool(row["figures"][0]["name"] != "the row ends")
+    return all(figure["value"] is not None for figure in row["figures"] if figure["bar"] is not None)
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -93,7 +125,8 @@ def table(rows: dict[str, Row]) -> str:
 
 def _line(name: str, figure: Row) -> str:
     value, bar = figure["value"], figure["bar"]
-    shown = figure["note"].replace("\n", " ") or "none" if value is None else f"{value:.4g} {figure['unit']}".strip()
+    measured = "" if value is None else f"{value:.4g} {figure['unit']}"
+    shown = f"{measured} {figure['note']}".replace("\n", " ").strip() or "none"
     bound = "" if bar is None else f"{'at most' if figure['is_most'] else 'at least'} {bar:g}"
     return f"| {name} | {figure['name']} | {shown} | {bound} | {'' if bar is None else _mark(figure['met'])} |"
 
@@ -133,6 +166,9 @@ def main(arguments: Sequence[str]) -> int:
     names = [name for name in options.rows.split(",") if name]
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"--rows has {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if not options.dry_run and not has_gpu():
+        sys.stderr.write("torch sees no GPU on this machine: the rows need one, --dry-run does not\n")
+        return 2
     path = options.json or (None if options.dry_run else DEFAULT_JSON)
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path and path.exists() else {}
     where = about(is_dry=options.dry_run)
@@ -153,4 +189,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # whoever is told to end ends its row first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

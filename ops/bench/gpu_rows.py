@@ -28,9 +28,9 @@ from worker.pipe import Submit
 
 ROOT = Path(__file__).parents[2]
 PYTEST_LIMIT_S = 220.0
-PRESSURE_TURNS, LEFT_BYTES = 30, 64 << 20
+PRESSURE_TURNS, LEFT_BYTES = 30, (64 << 20, 256 << 20, 512 << 20)
 COPY_BYTES, PRODUCT_SIZE = 1 << 30, 8192
-REPEATS = 5
+REPEATS, NUM_LAUNCHES = 5, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +56,25 @@ class Figure:
 
 @dataclass(slots=True)
 class Found:
-    """What a row comes to. `curves` are lists of numbers by name, for plots."""
+    """What a row comes to. `curves` are lists of numbers by name, for plots. `tell` is called whenever it is more."""
 
     figures: list[Figure] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    tell: Callable[[Found], None] | None = None
 
     def add(self, name: str, value: float | None, unit: str = "", **more: Any) -> None:
         self.figures.append(Figure(name, value, unit, **more))
+        if self.tell:
+            self.tell(self)
 
 
 class Bench:
-    """Where rows run: on a GPU, or dry, on a CPU with tiny shapes, where figures mean nothing."""
+    """Where a row runs: on a GPU, or dry, on a CPU with tiny shapes, where figures mean nothing. What is `found` is
+    told at once, so that a row that does not come to its end has what it had by then."""
 
-    def __init__(self, folder: Path, *, is_dry: bool) -> None:
+    def __init__(self, folder: Path, *, is_dry: bool, tell: Callable[[Found], None] | None = None) -> None:
         self.folder, self.is_dry, self.device = folder, is_dry, "cpu" if is_dry else "cuda"
+        self.found = Found(tell=tell)
         self._num_engines = 0
 
     def sized(self, full: int, tiny: int) -> int:
@@ -86,11 +91,15 @@ class Bench:
         (home / "config.json").write_text(json.dumps(self.config(name)))
         return home
 
+    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Of a worker, but for its model."""
+        return {"load_format": "dummy", "dtype": "bfloat16", "device": self.device, "prefill_step": 0} | given
+
     @contextmanager
     def engine(self, name: str, **options: Any) -> Iterator[OfflineEngine]:
         """With random weights, whose memory is free again behind the block."""
-        given = {"load_format": "dummy", "dtype": "bfloat16", "device": self.device, "prefill_step": 0} | options
-        engine = OfflineEngine(WorkerSettings.model_validate({"model_id": str(self.write(name)), **given}))
+        given = {"model_id": str(self.write(name))} | self.options(options)
+        engine = OfflineEngine(WorkerSettings.model_validate(given))
         try:
             yield engine
         finally:
@@ -108,16 +117,41 @@ class Bench:
         if not self.is_dry:
             importlib.import_module("torch").cuda.synchronize()
 
-    def seconds(self, act: Callable[[], object]) -> float:
-        """The median of some, after one that does not count."""
-        times = []
-        for _ in range(REPEATS + 1):
-            self.wait()
-            began = time.perf_counter()
+    def seconds(self, act: Callable[[], object], *, is_short: bool = False) -> float:
+        """Of one of many in a row, the median of some rounds. A GPU's by its own clock; what `is_short` beside its
+        launch is recorded, so that none waits for the host."""
+
+        def many() -> None:
+            for _ in range(NUM_LAUNCHES):
+                act()
+
+        act()
+        self.wait()
+        run = self._recorded(many) if is_short and not self.is_dry else many
+        return statistics.median(self._seconds_of(run) for _ in range(REPEATS)) / NUM_LAUNCHES
+
+    def _recorded(self, act: Callable[[], object]) -> Callable[[], object]:
+        cuda = importlib.import_module("torch").cuda
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
             act()
-            self.wait()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
+        replay: Callable[[], object] = graph.replay
+        return replay
+
+    def _seconds_of(self, run: Callable[[], object]) -> float:
+        if self.is_dry:
+            began = time.perf_counter()
+            run()
+            return time.perf_counter() - began
+        cuda = importlib.import_module("torch").cuda
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        # the GPU is busy with it while the host launches what counts
+        run()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(begin.elapsed_time(end))
 
     def machine(self) -> Machine:
         """What copies move, bytes read and written together, and what products of matrices in bfloat16 compute."""
@@ -142,6 +176,7 @@ def prompts_of(vocab_size: int, lengths: Iterable[int], seed: int) -> list[list[
 
 # (a) Kernels.
 
+MAX_SAID = 1000
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
@@ -155,11 +190,19 @@ def kernels(bench: Bench) -> Found:
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PYTEST_LIMIT_S, check=False
     )
-    counts = counts_of(done.stdout)
-    found = Found()
-    found.add("tests that passed", counts.get("passed", 0), bar=1, note=done.stderr[-300:] if not counts else "")
-    found.add("tests that failed", counts.get("failed", 0) + counts.get("error", 0), bar=0, is_most=True)
-    return found
+    add_tests(bench.found, done.stdout, done.stderr)
+    return bench.found
+
+
+def add_tests(found: Found, said: str, complaints: str) -> None:
+    """Raises RuntimeError if no test has run."""
+    counts = counts_of(said)
+    if not counts.get("passed", 0) + counts.get("failed", 0):
+        raise RuntimeError(f"no test has run: {(said + complaints).strip()[-MAX_SAID:]}")
+    broken = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    found.add("tests that passed", counts.get("passed", 0), bar=1)
+    num_broken = counts.get("failed", 0) + counts.get("error", 0)
+    found.add("tests that failed", num_broken, bar=0, is_most=True, note="\n".join(broken)[:MAX_SAID])
 
 
 def parallel(bench: Bench) -> list[str]:
@@ -181,7 +224,7 @@ PREFILL, PREFILL_BAR = (16, 1024), 0.6
 
 
 def llama(bench: Bench) -> Found:
-    machine, found, config = bench.machine(), Found(), bench.config("llama")
+    machine, found, config = bench.machine(), bench.found, bench.config("llama")
     add_machine(found, machine)
     points = {(2, 16): 0.8, (4, 16): 0.7} if bench.is_dry else DECODE_BARS
     count, length = (2, 32) if bench.is_dry else PREFILL
@@ -228,13 +271,17 @@ def prefill_seconds(bench: Bench, engine: OfflineEngine, vocab_size: int, count:
 # (c) nano-vllm's public workload.
 
 BUSY_BAR, WINDOW = 0.95, 40
+WARM_TURNS = 5
+"""Of a profile, in which it makes the host slower than later."""
+SEED, OTHER_SEED = 1, 2
 
 
-def workload(bench: Bench, vocab_size: int) -> list[Submit]:
-    """Lengths of prompts and answers evenly random, temperature 0.6, the end of a text ignored."""
+def workload(bench: Bench, vocab_size: int, seed: int = SEED) -> list[Submit]:
+    """Lengths of prompts and answers evenly random, temperature 0.6, the end of a text ignored. Those with another
+    `seed` share nothing but their lengths."""
     rng, (low, high) = random.Random(0), (4, 24) if bench.is_dry else (100, 1024)
     count = bench.sized(256, 6)
-    prompts = prompts_of(vocab_size, [rng.randint(low, high) for _ in range(count)], seed=1)
+    prompts = prompts_of(vocab_size, [rng.randint(low, high) for _ in range(count)], seed)
     how = {"do_sample": True, "temperature": 0.6, "ignore_eos": True}
     return [submit(str(n), ids, rng.randint(low, high), how | {"seed": n}) for n, ids in enumerate(prompts)]
 
@@ -245,7 +292,7 @@ def workload_options(bench: Bench) -> dict[str, Any]:
 
 
 def nano(bench: Bench) -> Found:
-    machine, found, config = bench.machine(), Found(), bench.config("qwen3")
+    machine, found, config = bench.machine(), bench.found, bench.config("qwen3")
     add_machine(found, machine)
     with bench.engine("qwen3", **workload_options(bench)) as engine:
         asked = workload(bench, config["vocab_size"])
@@ -254,7 +301,7 @@ def nano(bench: Bench) -> Found:
             run = engine.run(asked)
         found.add("output tokens per second", run.num_tokens / run.seconds, "tokens/s")
         found.add("step time: share of the roofline", sum(steps) / run.seconds)
-        found.add("GPU busy", busy_share(bench, engine, workload(bench, config["vocab_size"])), bar=BUSY_BAR)
+        add_busy_shares(found, bench, engine, workload(bench, config["vocab_size"], OTHER_SEED))
     return found
 
 
@@ -262,11 +309,11 @@ def nano(bench: Bench) -> Found:
 def watched(engine: OfflineEngine, config: Config, machine: Machine) -> Iterator[list[float]]:
     """The least seconds of every step that is launched within the block."""
     device: Any = engine.device
-    forward, least = device.forward, list[float]()
+    forward, seen, least = device.forward, list[tuple[Any, Any, Any]](), list[float]()
 
     def noted(plan: Any) -> None:
-        rows = zip(plan.num_tokens.tolist(), plan.starts.tolist(), strict=True)
-        least.append(step_work(config, rows, int(plan.samples.sum())).seconds(machine))
+        # no more than must be: the host's time is measured too
+        seen.append((plan.num_tokens.copy(), plan.starts.copy(), plan.samples.copy()))
         forward(plan)
 
     device.forward = noted
@@ -274,17 +321,30 @@ def watched(engine: OfflineEngine, config: Config, machine: Machine) -> Iterator
         yield least
     finally:
         device.forward = forward
+        for num_tokens, starts, samples in seen:
+            rows = zip(num_tokens.tolist(), starts.tolist(), strict=True)
+            least.append(step_work(config, rows, int(samples.sum())).seconds(machine))
 
 
-def busy_share(bench: Bench, engine: OfflineEngine, asked: Sequence[Submit]) -> float:
-    """Of some steps in the middle of a workload: how much of the time any kernel runs. The profiler slows the host, so
-    it is rather more without."""
-    for each in asked:
-        engine.send(replace(each, request_id=f"busy {each.request_id}"))
-    for _ in range(bench.sized(100, 4)):
+def add_busy_shares(found: Found, bench: Bench, engine: OfflineEngine, asked: Sequence[Submit]) -> None:
+    """How much of the time any kernel runs, in some turns that each bring a prompt that no cache knows, and in as many
+    without prompts."""
+    num_later = bench.sized(WARM_TURNS + WINDOW, 2)
+    later = iter(asked[:num_later])
+    for each in asked[num_later:]:
+        engine.send(each)
+
+    def turn() -> None:
+        if each := next(later, None):
+            engine.send(each)
         engine.turn()
-    spans = profiled(bench, engine.turn, bench.sized(WINDOW, 2))
-    return covered(spans) / (max(end for _, end in spans.values) - min(start for start, _ in spans.values))
+
+    for name, turns_before, bar in (("GPU busy while prompts come in", 100, None), ("GPU busy", 60, BUSY_BAR)):
+        for _ in range(bench.sized(turns_before, 1)):
+            engine.turn()
+        spans = profiled(bench, turn, bench.sized(WINDOW, 2))
+        begin, end = min(start for start, _ in spans.values), max(end for _, end in spans.values)
+        found.add(name, covered(spans) / (end - begin), bar=bar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,14 +356,19 @@ class Spans:
 
 
 def profiled(bench: Bench, turn: Callable[[], object], num_turns: int) -> Spans:
-    torch = importlib.import_module("torch")
-    profiler, kinds = torch.profiler, torch.profiler.ProfilerActivity
-    with profiler.profile(activities=[kinds.CPU] if bench.is_dry else [kinds.CPU, kinds.CUDA]) as found:
-        for _ in range(num_turns):
+    """Of `num_turns` turns behind some that do not count. Nothing but kernels is noted on a GPU: what the host does is
+    much more, and noting it slows it."""
+    profiler, kind = importlib.import_module("torch").profiler, "CPU" if bench.is_dry else "CUDA"
+    num_warm = bench.sized(WARM_TURNS, 1)
+    schedule = profiler.schedule(wait=0, warmup=num_warm, active=num_turns, repeat=1)
+    with profiler.profile(activities=[getattr(profiler.ProfilerActivity, kind)], schedule=schedule) as found:
+        for left in reversed(range(num_warm + num_turns)):
             turn()
-        bench.wait()
-    wanted = "CPU" if bench.is_dry else "CUDA"
-    events = [event for event in found.events() if event.device_type.name == wanted]
+            if not left:
+                bench.wait()
+            found.step()
+    # the profiler's own marks of turns are no kernels
+    events = [e for e in found.events() if e.device_type.name == kind and not e.name.startswith("ProfilerStep")]
     by_name: dict[str, float] = {}
     for event in events:
         by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us()
@@ -334,7 +399,7 @@ def full_stack(bench: Bench) -> Found:
     from ops.loadgen.target import Target
     from ops.loadgen.workload import Workload
 
-    found, config, streams = Found(), bench.config("llama"), bench.sized(256, 4)
+    found, config, streams = bench.found, bench.config("llama"), bench.sized(256, 4)
     num_input, num_output = bench.sized(128, 8), bench.sized(128, 16)
     options = {
         "max_num_seqs": streams,
@@ -343,25 +408,27 @@ def full_stack(bench: Bench) -> Found:
     }
     prompts = made_up(Vocabulary(range(NUM_UNSAID, config["vocab_size"])), num_input, num_output, "gpu")
     rate, alone_ms = _offline(bench, options, prompts, streams, num_output)
+    found.add(f"offline, {streams} at a time", rate, "tokens/s")
+    found.add("first token, offline", alone_ms, "ms")
     home = bench.write("llama")
     write_tokenizer(home, config["vocab_size"], config["max_position_embeddings"])
-    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words = [*WORKER, "--model-id", str(home), "--served-model-name", MODEL_NAME, "--load-format", "dummy"]
-    words += ["--dtype", "bfloat16", "--device", bench.device, *flags]
+    words = [*WORKER, "--model-id", str(home), "--served-model-name", MODEL_NAME, *flags_of(bench.options(options))]
     with running_fleet(bench.folder, words) as fleet:
         server = Server(OURS, Target(url=f"http://127.0.0.1:{fleet.port}", model=MODEL_NAME), fleet.pids)
         put(server, Workload.of([prompts.ask_of(-1 - number) for number in range(streams)], clients=streams))
         many = put(server, Workload(ask_of=prompts.ask_of, num_requests=2 * streams, clients=streams)).summary()
+        found.add(f"full stack, {streams} streams", many["output_tokens_per_s"], "tokens/s")
+        found.add("full stack to offline", many["output_tokens_per_s"] / rate, bar=STACK_BAR)
         others = made_up(prompts.vocabulary, num_input, num_output, "alone")
         workload = Workload(ask_of=others.ask_of, num_requests=bench.sized(20, 2), clients=1)
         ttft_ms = put(server, workload).summary()["ttft_ms"]["p50"]
-    found.add(f"offline, {streams} at a time", rate, "tokens/s")
-    found.add(f"full stack, {streams} streams", many["output_tokens_per_s"], "tokens/s")
-    found.add("full stack to offline", many["output_tokens_per_s"] / rate, bar=STACK_BAR)
-    found.add("first token, offline", alone_ms, "ms")
     found.add("first token, full stack", ttft_ms, "ms")
     found.add("added to the first token", ttft_ms - alone_ms, "ms", bar=TTFT_BAR_MS, is_most=True)
     return found
+
+
+def flags_of(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _offline(bench: Bench, options: dict[str, Any], prompts: Any, streams: int, num_output: int) -> tuple[float, float]:
@@ -380,25 +447,30 @@ def _offline(bench: Bench, options: dict[str, Any], prompts: Any, streams: int, 
 
 
 def peers(bench: Bench) -> Found:
-    """transformers' continuous batching on the same requests, and attention by torch and by flash-attn."""
-    found, config = Found(), bench.config("qwen3")
+    """Attention by torch and by flash-attn, and transformers' continuous batching on the same requests."""
+    found, config = bench.found, bench.config("qwen3")
     asked = workload(bench, config["vocab_size"])
     asked = asked[: bench.sized(128, 3)]
     with bench.engine("qwen3", **workload_options(bench)) as engine:
         engine.run([replace(each, request_id=f"warm {each.request_id}") for each in asked[:4]])
         rate = (run := engine.run(asked)).num_tokens / run.seconds
     found.add("ours", rate, "tokens/s")
-    try:
-        other = transformers_rate(bench, config, asked)
-        found.add("transformers, continuous batching", other, "tokens/s")
-        found.add("ours to it", rate / other, bar=1.0)
-    except Exception as error:  # noqa: BLE001
-        # a peer's way to fail is its own
-        found.add("transformers, continuous batching", None, note=f"{type(error).__name__}: {error}"[:200])
-    bench.tidy()
     for name, seconds in attention_times(bench):
         found.add(f"attention, {name}", 1e3 * seconds, "ms")
+    bench.tidy()
+    add_transformers(bench, config, asked, rate)
     return found
+
+
+def add_transformers(bench: Bench, config: Config, asked: Sequence[Submit], rate: float) -> None:
+    other, note = None, ""
+    try:
+        other = transformers_rate(bench, config, asked)
+    except Exception as error:  # noqa: BLE001
+        # a peer's way to fail is its own
+        note = f"{type(error).__name__}: {error}"[:200]
+    bench.found.add("transformers, continuous batching", other, "tokens/s", note=note)
+    bench.found.add("ours to it", rate / other if other else None, bar=1.0, note=note)
 
 
 def transformers_rate(bench: Bench, config: Config, asked: Sequence[Submit]) -> float:
@@ -453,7 +525,7 @@ def our_attention_s(bench: Bench, config: Config, rows: int, queries: int, keys:
     q = torch.randn(rows * queries, config["num_attention_heads"], head_dim, device=bench.device).to(torch.bfloat16)
     attention: Attention = _attention(bench)
     meta, layer = attention.prepare(batch, block_size), LayerShape(head_dim**-0.5)
-    return bench.seconds(lambda: attention.attend(q, pages[0], pages[1], meta, layer))
+    return bench.seconds(lambda: attention.attend(q, pages[0], pages[1], meta, layer), is_short=True)
 
 
 def _attention(bench: Bench) -> Any:
@@ -473,11 +545,11 @@ def other_attention_s(bench: Bench, config: Config, rows: int, queries: int, key
     q, k, v = made(queries, heads), made(keys, kv_heads), made(keys, kv_heads)
     attend = torch.nn.functional.scaled_dot_product_attention
     is_causal = queries > 1
-    found = {"torch": bench.seconds(lambda: attend(q, k, v, is_causal=is_causal, enable_gqa=True))}
+    found = {"torch": bench.seconds(lambda: attend(q, k, v, is_causal=is_causal, enable_gqa=True), is_short=True)}
     with suppress(ImportError):
         flash = importlib.import_module("flash_attn")
         turned = [each.transpose(1, 2).contiguous() for each in (q, k, v)]
-        found["flash-attn"] = bench.seconds(lambda: flash.flash_attn_func(*turned, causal=is_causal))
+        found["flash-attn"] = bench.seconds(lambda: flash.flash_attn_func(*turned, causal=is_causal), is_short=True)
     return found
 
 
@@ -486,7 +558,7 @@ def other_attention_s(bench: Bench, config: Config, rows: int, queries: int, key
 
 def families(bench: Bench) -> Found:
     """T5, BLOOM, Falcon and Mixtral: the same tokens with graphs and without."""
-    found = Found()
+    found = bench.found
     for name in ("t5", "bloom", "falcon", "mixtral"):
         outputs, has_graphs = [], False
         for sizes in ([1, 8], [0]):
@@ -513,7 +585,7 @@ INT4_BAR, FP8_BAR = 2.0, 1.4
 
 
 def few_bits(bench: Bench) -> Found:
-    found, config = Found(), bench.config("llama")
+    found, config = bench.found, bench.config("llama")
     vocab_size, (count, length) = config["vocab_size"], (2, 32) if bench.is_dry else PREFILL
     decode, prefill = {}, {}
     for scheme in ("none", "int4", "fp8"):
@@ -533,7 +605,7 @@ def few_bits(bench: Bench) -> Found:
 
 def out_of_memory(bench: Bench) -> Found:
     """Somebody takes all memory of the GPU for a while in the middle of a workload."""
-    found, config = Found(), bench.config("qwen3")
+    found, config = bench.found, bench.config("qwen3")
     with bench.engine("qwen3", **workload_options(bench)) as engine:
         asked = workload(bench, config["vocab_size"])
         for each in asked[: len(asked) // 2]:
@@ -588,10 +660,20 @@ def pressure(bench: Bench, engine: OfflineEngine) -> Iterator[None]:
     bench.wait()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(max(free - LEFT_BYTES, 0), dtype=torch.uint8, device=bench.device)
+    held = taken(lambda size: torch.empty(size, dtype=torch.uint8, device=bench.device), free)
     yield
     del held
     torch.cuda.empty_cache()
+
+
+def taken(allocate: Callable[[int], Any], free: int) -> Any:
+    """As much as can be had of what is said to be free. Raises RuntimeError if that is not nearly all."""
+    from torch import OutOfMemoryError
+
+    for left in LEFT_BYTES:
+        with suppress(OutOfMemoryError):
+            return allocate(max(free - left, 0))
+    raise RuntimeError(f"of {free} free bytes not all but {LEFT_BYTES[-1]} could be taken")
 
 
 # (j) Where the time of a step goes.
@@ -601,14 +683,14 @@ GROUPS = {
     "products": re.compile(
         r"gemm|nvjet|cutlass|multiply_(row|groups)|add_parts|quantise_rows|splitk|linear", re.IGNORECASE
     ),
-    "sampling": re.compile(r"^(scan|select|finish|wanted_scores|summarise_rows)$"),
+    "sampling": re.compile(r"^(scan|select|finish|wanted_scores)$"),
 }
 NUM_NAMED, MAX_NAME = 20, 80
 
 
 def profile(bench: Bench) -> Found:
     """One decoding step of 64 rows: every kernel, and of each kind its share of what memory allows."""
-    machine, found, config = bench.machine(), Found(), bench.config("llama")
+    machine, found, config = bench.machine(), bench.found, bench.config("llama")
     batch, context, num_turns = bench.sized(64, 2), bench.sized(1000, 16), bench.sized(10, 2)
     with bench.engine("llama", **llama_options(bench, [batch])) as engine:
         prompts = prompts_of(config["vocab_size"], [context] * batch, seed=5)
