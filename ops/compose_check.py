@@ -81,7 +81,8 @@ def container_of(process_name: str, service: str) -> str:
 
 def kernels_are_there(container: str) -> None:
     found = docker("exec", container, "python", "-c", KERNELS)
-    expect(found == f"{bool(supported_levels(cpu_flags()))} None", "the image has kernels for this CPU and no compiler")
+    expected = f"{bool(supported_levels(cpu_flags()))} None"
+    expect(found == expected, "the image has kernels for this CPU and no C++ compiler")
 
 
 class Check:

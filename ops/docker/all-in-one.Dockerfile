@@ -1,6 +1,6 @@
 # Everything in one container, so that TGI's line works: docker run -p 8080:80 -v $PWD/data:/data inferfleet --model-id X
 
-# the kernels for every kind of CPU; what is served from has no compiler
+# the kernels for every kind of CPU; what is served from has no C++ compiler
 FROM python:3.11-slim-bookworm AS kernels
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
@@ -10,6 +10,8 @@ COPY worker/kernels worker/kernels
 RUN mkdir finished && python -m worker.kernels.build finished
 
 FROM python:3.11-slim-bookworm
+# Triton has what launches its kernels on a GPU made by a C compiler
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # pip's own settings, for builds behind a mirror
 ARG PIP_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -24,7 +26,7 @@ COPY --from=kernels /app/finished worker/kernels/finished
 COPY ops ops
 RUN pip install --no-cache-dir -c constraints.txt '.[worker]'
 WORKDIR /data
-ENV HF_HOME=/data INFERFLEET_DATA_DIR=/data/inferfleet HOSTNAME=0.0.0.0 PORT=80 PYTHONUNBUFFERED=1
+ENV HF_HOME=/data INFERFLEET_DATA_DIR=/data/inferfleet HOSTNAME=0.0.0.0 PORT=80 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/data/triton
 EXPOSE 80
 VOLUME /data
 HEALTHCHECK --interval=5s --timeout=3s --start-period=600s \

@@ -8,9 +8,11 @@ need.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from shutil import which
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -49,6 +51,7 @@ LEAST_CAPABILITY = (8, 0)
 """Of GPUs that compute in bfloat16; kernels are compiled for these."""
 FOR_CPUS = ("cpu_kernels",)
 NO_TRITON = "kernels for a GPU are written in Triton, which is not installed: pip install 'inferfleet[triton]'"
+NO_COMPILER = "Triton has launchers made by a C compiler, and there is none: install gcc or clang, or name one by CC"
 
 
 class Memory(Protocol):
@@ -223,7 +226,8 @@ def finished(layer: WeightsType, /, device: torch.device, pack: Finish) -> Weigh
 
 
 def _check_gpus(settings: WorkerSettings, place: int) -> None:
-    """Raises ConfigurationError if this machine has no GPU of that number, or one that is too old."""
+    """Raises ConfigurationError if this machine has no GPU of that number, one that is too old, or no way to make
+    kernels for it."""
     check_attention(settings.attention, GPU_ATTENTIONS, "a GPU")
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else ", since this build of it is for CPUs"
@@ -243,6 +247,8 @@ def _check_gpus(settings: WorkerSettings, place: int) -> None:
         )
     if find_spec("triton") is None:
         raise ConfigurationError(NO_TRITON)
+    if not any(map(which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        raise ConfigurationError(NO_COMPILER)
 
 
 def largest_step(settings: WorkerSettings, spec: AnySpec) -> StepPlan:

@@ -86,6 +86,7 @@ def gpus(monkeypatch) -> Gpus:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", found.chosen.append)
     monkeypatch.setattr(cuda, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda, "which", lambda name: name)
     monkeypatch.setattr(cuda, "CudaMemory", lambda device: found.memory)
     monkeypatch.setattr(streams, "CudaStreams", lambda device: FakeStreams())
     monkeypatch.setattr(cuda, "gpu_number", lambda place: torch.device("cpu", place) if place else torch.device("cpu"))
@@ -153,6 +154,11 @@ def test_each_rank_has_the_gpu_of_its_place_on_its_machine(gpus, monkeypatch) ->
 def test_what_a_gpu_cannot_do_is_one_sentence(monkeypatch, load) -> None:
     assert refusal(load, dtype="float64").startswith("float64 is for a CPU")
     assert "--attention cpu is not for a GPU, which has auto, triton, flash, torch" in refusal(load, attention="cpu")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(cuda, "which", lambda name: name if name == "clang" else None)
+    assert hardware_of().name == "GPU"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "made by a C compiler, and there is none: install gcc or clang, or name one by CC" in refusal(load)
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     assert "Triton, which is not installed" in refusal(load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
