@@ -165,6 +165,7 @@ def installed(monkeypatch):
 
     def install(capability: tuple[int, int], **functions: str) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Calls().varlen_attn)
         for name in ("flash_attn", "flash_attn_interface"):
             module = ModuleType(name)
             if name in functions:
@@ -226,6 +227,27 @@ def test_what_is_asked_for_but_not_there_is_refused(installed, option, capabilit
     installed(capability)
     with pytest.raises(ConfigurationError, match=rf"--attention {option} is not there for this GPU: .*triton"):
         choose_attention(option, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no kernel image is available\nand more"), TypeError("no kernel image")]
+)
+def test_a_build_without_code_for_this_gpu_is_passed_over_and_named(installed, monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    installed((9, 0), **FLASH_2, **FLASH_3)
+    monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_with_kvcache", broken)
+    attention, said = choose_attention("auto", CPU, torch.bfloat16)
+    assert isinstance(attention, FlashAttention) and isinstance(attention.library, Flash2)
+    assert "; flash-attn 3 does not run on this GPU (no kernel image" in said and "\n" not in said
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", broken)
+    attention, said = choose_attention("auto", CPU, torch.bfloat16)
+    assert isinstance(attention, TritonAttention) and said.count("does not run on this GPU") == 2
+    with pytest.raises(
+        ConfigurationError, match=r"--attention flash is not there .*; flash-attn 2 does not run on this"
+    ):
+        choose_attention("flash", CPU, torch.bfloat16)
 
 
 def test_float32_is_for_our_kernels_and_refused_by_the_others(installed):

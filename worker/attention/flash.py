@@ -192,7 +192,7 @@ def choose_attention(option: str, device: torch.device, dtype: torch.dtype) -> t
     is one. Torch's is not taken unasked before it was measured.
 
     Raises:
-        ConfigurationError: if what was asked for is not there, or not for this type or GPU.
+        ConfigurationError: if what was asked for is not there, does not run, or is not for this type or GPU.
     """
     from worker.attention.triton import TritonAttention
 
@@ -203,19 +203,53 @@ def choose_attention(option: str, device: torch.device, dtype: torch.dtype) -> t
         raise ConfigurationError(
             f"--attention {option} takes float16 and bfloat16 only: choose one with --dtype, or --attention triton"
         )
-    library = next(_libraries(option, torch.cuda.get_device_capability(device)), None)
-    if library is not None:
-        return FlashAttention(library, paged), f"attention {library.name}, and kernels of our own for what it cannot do"
+    broken = ""
+    for library in _libraries(option, torch.cuda.get_device_capability(device)):
+        if not (problem := _problem(library, device, dtype)):
+            taken = f"attention {library.name}, and kernels of our own for what it cannot do"
+            return FlashAttention(library, paged), taken + broken
+        broken += f"; {library.name} does not run on this GPU ({problem})"
     if option == "auto":
-        return paged, "attention triton: kernels of our own; no flash-attn for this GPU is installed"
+        return paged, "attention triton: kernels of our own" + (broken or NOT_INSTALLED)
     raise ConfigurationError(
         f"--attention {option} is not there for this GPU: flash needs the package of flash-attn 3 on an H100 or H200, "
         "or of flash-attn 2 on an A100 or later, where torch has its own; --attention triton needs nothing else"
+        + broken
     )
 
 
+NOT_INSTALLED = "; no flash-attn for this GPU is installed"
+MAX_PROBLEM = 200
+
+
+def _problem(library: Library, device: torch.device, dtype: torch.dtype) -> str:
+    """What a library says to a prompt of two tokens, if it cannot do it: its build may lack this GPU's code, or be one
+    that takes other arguments."""
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    ends, slots = torch.tensor([0, 2], dtype=torch.int32, device=device), torch.arange(2, device=device)
+    step = DeviceBatch(
+        rows=zero,
+        query_starts=ends,
+        starts=zero,
+        tables=zero[None],
+        slots=slots,
+        max_queries=2,
+        max_keys=2,
+        is_fresh=True,
+    )
+    q, pages = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((2, 2, 64), (1, 16, 1, 64)))
+    try:
+        library.attend(q, pages, pages, step, library.prepare(step), LayerShape(1.0))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except (RuntimeError, TypeError) as error:
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        return first[:MAX_PROBLEM]
+    return ""
+
+
 def _libraries(option: str, capability: tuple[int, int]) -> Iterator[Library]:
-    """Those that can be had, best first."""
+    """Those that can be imported, best first."""
     if option == "torch":
         if capability >= AMPERE and (run := _function("torch.nn.attention.varlen", "varlen_attn")):
             yield TorchVarlen(run)
