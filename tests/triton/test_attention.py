@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.worker.attention.cases import KINDS, Case, error, exact, kind_case, m
 from worker.attention import Batch, DeviceBatch, LayerShape
 from worker.attention import triton as launching
 from worker.attention.reference import ReferenceAttention
-from worker.attention.triton import TritonAttention, choose_num_parts, few_tile, to_device
+from worker.attention.triton import TritonAttention, choose_num_parts, few_tile, has_much_memory, kind_of, to_device
 
 BARS = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative to the largest number of the result."""
@@ -62,6 +63,22 @@ def test_short_rows_in_parts_equal_the_reference_in_every_type(device, kind, dty
     if layer.window is None:
         short = case._replace(batch=replace(case.batch, num_keys=case.batch.num_keys - (case.batch.num_keys > 64) * 64))
         assert error(exact(short, layer), expected) > 2 * BARS[dtype]
+
+
+def test_guesses_of_any_number_are_two_sizes_of_tile():
+    def sizes(group: int) -> set[int]:
+        tiles = [few_tile(group, 128, 2, count, 2, launching.AS_THEY_ARE) for count in range(1, 90)]
+        return {tile.num_queries for tile in tiles}
+
+    assert sizes(1) == sizes(4) == sizes(8) == {16, 64} and sizes(20) == {64} and sizes(71) == {128}
+
+
+def test_what_a_gpu_can_do_is_asked_once(monkeypatch):
+    asked, gpu = [], torch.device("cuda", 99)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (8, 6))
+    pages = SimpleNamespace(dtype=torch.float8_e4m3fn, is_cuda=True, device=gpu)
+    assert [(kind_of(pages), has_much_memory(pages)) for _ in range(3)] == [(launching.E4M3_BITS, False)] * 3
+    assert asked == [gpu]
 
 
 def test_no_part_of_a_long_row_is_left_out(device, monkeypatch):

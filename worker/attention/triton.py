@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -169,21 +170,28 @@ def to_device(batch: Batch) -> DeviceBatch:
 
 def few_tile(group: int, head_dim: int, num_bytes: int, max_queries: int, page_bytes: int, kind: int) -> Tile:
     """For rows of few tokens: all of a row's where they fit, else at least one. Keys come from memory as fast as they
-    can: two tiles of 32 KiB, of keys and values each, are on their way or in use, three times in a processor."""
-    whole = max(next_power_of_2(group * max_queries), MIN_TILE)
-    num_queries = whole if whole <= MAX_FEW else max(next_power_of_2(group), MIN_TILE)
+    can: two tiles of 32 KiB, of keys and values each, are on their way or in use, three times in a processor. There are
+    two sizes, so that guesses of any number share what was compiled."""
+    num_queries = _rows_of(group * max_queries if group * max_queries <= MAX_FEW else group)
     num_stages = 2 if num_queries >= MAX_FEW else 4 if page_bytes == 1 else 3
     num_keys = num_keys_of_tile(head_dim, num_bytes, kind)
     return Tile(num_queries, num_keys, 4 if num_queries == MIN_TILE else 8, num_stages)
 
 
+def _rows_of(num_queries: int) -> int:
+    """More than MAX_FEW only where so many heads share a kv head."""
+    return MIN_TILE if num_queries <= MIN_TILE else max(MAX_FEW, next_power_of_2(num_queries))
+
+
 def many_tile(group: int, head_dim: int, num_bytes: int, kind: int, has_much_memory: bool) -> Tile:
     """For prompts: 128 queries, so that each key that is read does as much as tensor cores need, two warp groups of 64
-    on sm_90; fewer where sums of 128 would not fit into registers."""
+    on sm_90; fewer where sums of 128 would not fit into registers. Where there is little memory keys come in smaller
+    tiles, of which three fit again: with two large ones registers are spilled."""
     most = 32 if num_bytes == 4 else 128 if head_dim <= 128 else 64
     num_queries = max(most, next_power_of_2(group))
     num_keys = num_keys_of_tile(head_dim, num_bytes, kind)
-    return Tile(num_queries, num_keys, 4 if num_queries <= 32 else 8, num_stages=3 if has_much_memory else 2)
+    num_keys, num_stages = (num_keys, 3) if has_much_memory else (min(num_keys, 32), 3 if head_dim <= 128 else 2)
+    return Tile(num_queries, num_keys, 4 if num_queries <= 32 else 8, num_stages)
 
 
 def num_keys_of_tile(head_dim: int, num_bytes: int, kind: int) -> int:
@@ -226,17 +234,19 @@ def kind_of(pages: Tensor) -> int:
     """How kernels read pages of this type on this device."""
     if pages.dtype is torch.int8:
         return MULTIPLES
-    is_known = pages.dtype is not torch.float8_e4m3fn or not pages.is_cuda or capability_of(pages) >= (8, 9)
+    is_known = pages.dtype is not torch.float8_e4m3fn or not pages.is_cuda or capability_of(pages.device) >= (8, 9)
     return AS_THEY_ARE if is_known else E4M3_BITS
 
 
 def has_much_memory(q: Tensor) -> bool:
     """Whether a program has 160 KiB of shared memory, as on GPUs made for servers; others have 99."""
-    return not q.is_cuda or capability_of(q) in ((8, 0), (9, 0), (10, 0), (10, 3))
+    return not q.is_cuda or capability_of(q.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
-def capability_of(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device)
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Asked for once, not in every layer of a step."""
+    return torch.cuda.get_device_capability(device)
 
 
 def specimens() -> list[Specimen]:
@@ -258,9 +268,10 @@ def specimens() -> list[Specimen]:
         _specimen("decode, 64, group 1, bias", 64, 1, has=BIAS),
         _specimen("decode, 64, group 1, all keys", 64, 1, has=("num_keys",)),
         _specimen("decode, 128, group 4, float32, parts", 128, 4, "*fp32", PARTS),
-        _specimen("guesses of 5, 128, group 4, parts", 128, 4, has=PARTS, max_queries=6),
-        _specimen("guesses of 11, 128, group 4, parts", 128, 4, has=PARTS, max_queries=12),
+        _specimen("guesses, 128, group 4, parts", 128, 4, has=PARTS, max_queries=6),
+        _specimen("guesses, 256, group 2", 256, 2, max_queries=12),
         _specimen("prompt, 128, group 4", 128, 4, max_queries=PROMPT),
+        _specimen("prompt, 128, group 4, little memory", 128, 4, max_queries=PROMPT, has_much_memory=False),
         _specimen("prompt, 80, group 1, float32", 80, 1, "*fp32", max_queries=PROMPT),
         _specimen("prompt, 256, group 2, softcap, window", 256, 2, has=("softcap", "window"), max_queries=PROMPT),
         _specimen("prompt, 64, group 1, bias, all keys", 64, 1, has=(*BIAS, "num_keys"), max_queries=PROMPT),
@@ -291,13 +302,15 @@ def _specimen(
     page_size: int = 16,
     max_queries: int = 1,
     targets: tuple[str, ...] = tuple(TARGETS),
+    has_much_memory: bool = True,
 ) -> Specimen:
     """With those of the optional arguments that `has` names."""
     dtype, kind = (torch.float32 if pages == "*fp32" else torch.bfloat16), KINDS.get(pages, AS_THEY_ARE)
     page_bytes, is_prompt = (dtype.itemsize if pages in ("*fp32", "*bf16") else 1), max_queries == PROMPT
     tile, min_queries = few_tile(group, head_dim, dtype.itemsize, max_queries, page_bytes, kind), 1
     if is_prompt:
-        min_queries, tile = tile.num_queries // group + 1, many_tile(group, head_dim, dtype.itemsize, kind, True)
+        min_queries = tile.num_queries // group + 1
+        tile = many_tile(group, head_dim, dtype.itemsize, kind, has_much_memory)
     numbers = "*fp32" if dtype is torch.float32 else "*bf16"
     signature = {"q": numbers, "out": numbers, "k_pages": pages, "v_pages": pages, "scale": "fp32", "num_rows": "i32"}
     signature |= dict.fromkeys(("rows", "query_starts", "starts", "tables"), "*i32")

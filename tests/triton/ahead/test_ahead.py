@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import triton
@@ -10,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from ops.kernels import table
+from ops.kernels import PATH, table
 from worker.kernels.triton.ahead import TARGETS, Specimen, all_specimens, compile, instructions, modules
 
 SPECIMENS = all_specimens()
@@ -43,6 +45,19 @@ def test_what_is_rounded_to_whole_codes_was_divided_to_the_nearest(kernel):
     """The interpreter divides so whatever a kernel says."""
     said = [instructions(each, "sm_90") for each in SPECIMENS if each.kernel_name == kernel]
     assert any("div.rn.f32" in each for each in said) and not any("div.full" in each for each in said)
+
+
+def test_prompts_fit_into_gpus_with_little_memory():
+    (small,) = (each for each in SPECIMENS if each.name == "prompt, 128, group 4, little memory")
+    usage = compile(small, "sm_80")
+    assert usage.shared_bytes <= 99 << 10 and not usage.spill_bytes
+    spilling = replace(small, constexprs={**small.constexprs, "BLOCK_N": 64}, num_stages=2)
+    assert compile(spilling, "sm_80").spill_bytes
+
+
+def test_the_file_of_what_kernels_take_has_all_of_them():
+    recorded = {(each["kernel"], each["variant"], each["target"]) for each in json.loads(PATH.read_text())}
+    assert recorded == {(each.kernel_name, each.name, target) for each in SPECIMENS for target in each.targets}
 
 
 def test_spilling_is_seen():
