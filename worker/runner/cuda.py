@@ -1,15 +1,16 @@
 """A GPU for each rank: what of its memory and kernels a model gets.
 
-What a step takes besides weights is not computed but tried: with a pool of pages that just suffices, the largest
-graph is captured, and a step runs that is as large as any can get. What is less free then than before is what steps
-need.
+What a step takes besides weights is not computed but tried: the largest graph is captured, and a step runs that is as
+large as any can get. What is less free then than before is what steps need. Small steps follow, for kernels that are
+compiled when they are first launched.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from shutil import which
@@ -40,6 +41,7 @@ from worker.runner.hardware import (
 )
 from worker.runner.limits import KvMemory, Limits, asked_total_tokens, prefill_tokens
 from worker.runner.places import ascending
+from worker.runner.streams import CudaStreams, is_out_of_memory
 from worker.runner.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Cuda:
         self.torch_device = gpu_number(place)
         torch.cuda.set_device(self.torch_device)
         self._memory: Memory = CudaMemory(self.torch_device)
+        self._streams = CudaStreams(self.torch_device)
         how = "as asked" if settings.device == "cuda" else "torch sees a GPU; --device cpu takes none"
         reasons.append(f"device {self.torch_device} ({torch.cuda.get_device_name(self.torch_device)}): {how}")
         say_what_is_idle(settings, FOR_CPUS, "the model runs on a GPU", reasons)
@@ -130,44 +133,39 @@ class Cuda:
         return slots.growth(self._settings.max_loras - 1, self._settings.max_lora_rank, targets)
 
     def _taken_by_steps(self, loaded: Loaded) -> int:
-        """What is less free once the largest graph and the largest step ran, pages aside."""
+        """What is less free once the largest graph and the largest step ran, the null page aside."""
         plan = largest_step(self._settings, loaded.model.spec)
-        num_blocks = num_blocks_of(plan)
         before, _ = self._memory.free_and_total()
-        try:
-            self._run_largest(loaded, plan, num_blocks)
-        except (torch.OutOfMemoryError, StepTooLarge) as error:
-            text = str(error).partition(". ")[0]
-            raise ConfigurationError(
-                f"beside its weights the GPU has no memory for a step of {len(plan.tokens)} tokens ({text}); lower "
-                "--max-batch-prefill-tokens or --max-num-seqs, choose a smaller model, or --quantize"
-            ) from None
+        with _no_memory_is_said(
+            f"beside its weights the GPU has no memory for a step of {len(plan.tokens)} tokens",
+            "lower --max-batch-prefill-tokens or --max-num-seqs, choose a smaller model, or --quantize",
+        ):
+            self._try_steps(loaded, [plan, *small_steps(self._settings, loaded.model.spec)])
         after, _ = self._memory.free_and_total()
         self._memory.tidy()
-        return before - after - (num_blocks + 1) * self._settings.block_size * loaded.kv_bytes_per_token
+        return before - after - self._settings.block_size * loaded.kv_bytes_per_token
 
-    def _run_largest(self, loaded: Loaded, plan: StepPlan, num_blocks: int) -> None:
+    def _try_steps(self, loaded: Loaded, plans: list[StepPlan]) -> None:
         asked, _ = asked_total_tokens(self._settings, loaded.model.spec)
-        device = self._make(loaded, num_blocks, asked, 0)
+        device = self._make(loaded, 0, asked, 0)
         if sizes := self._graph_sizes():
             device.capture(sizes[-1:])
-        device.forward(plan)
-        device.collect(device.sample(plan))
+        for plan in plans:
+            device.forward(plan)
+            device.collect(device.sample(plan))
 
     def device(self, loaded: Loaded, limits: Limits, memory: KvMemory, reasons: list[str]) -> Device:
         _, total = self._memory.free_and_total()
         # adapters that nobody spoke of at the start must do with what pages left alone
         max_lora_bytes = max(self._lora_bytes(loaded), self._spare_bytes(total))
         num_blocks = limits.kv_tokens // self._settings.block_size
-        try:
+        with _no_memory_is_said(
+            f"the GPU has no memory for a KV cache of {limits.kv_tokens} tokens",
+            "lower --kv-tokens or --cuda-memory-fraction",
+        ):
             device = self._make(loaded, num_blocks, limits.max_total_tokens, max_lora_bytes)
             sizes = self._graph_sizes()
             reasons.append(device.capture(sizes) if sizes else "cuda_graphs off: as asked")
-        except torch.OutOfMemoryError:
-            raise ConfigurationError(
-                f"the GPU has no memory for a KV cache of {limits.kv_tokens} tokens; lower --kv-tokens or "
-                "--cuda-memory-fraction"
-            ) from None
         if not self._settings.overlap:
             reasons.append("overlap off: as asked; the GPU waits while tokens are read")
         return device
@@ -183,19 +181,30 @@ class Cuda:
 
     def _make(self, loaded: Loaded, num_blocks: int, max_total_tokens: int, max_lora_bytes: int) -> GpuDevice:
         from worker.runner.gpu_device import GpuDevice
-        from worker.runner.streams import CudaStreams
 
         options = device_options(self._settings, num_blocks, max_total_tokens)
         return GpuDevice(
             loaded.model,
             loaded.kv_type,
             loaded.adapters,
-            CudaStreams(self.torch_device),
+            self._streams,
             self._make_sampler,
             max_lora_bytes=max_lora_bytes,
             depth=int(self._settings.overlap),
             **options,
         )
+
+
+@contextmanager
+def _no_memory_is_said(what: str, fix: str) -> Iterator[None]:
+    """Whoever of torch, CUDA and Triton had none inside: a ConfigurationError."""
+    try:
+        yield
+    except (RuntimeError, StepTooLarge) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        said = str(error).partition(". ")[0].partition("\n")[0]
+        raise ConfigurationError(f"{what} ({said}); {fix}") from None
 
 
 def gpu_number(place: int) -> torch.device:
@@ -252,39 +261,67 @@ def _check_gpus(settings: WorkerSettings, place: int) -> None:
 
 
 def largest_step(settings: WorkerSettings, spec: AnySpec) -> StepPlan:
-    """A first step with as many rows and as many tokens of prompts as there may be, all of which are sampled with
-    everything that takes memory; an encoder gets one row with the longest input."""
-    longest, budget = asked_total_tokens(settings, spec)[0] - 1, prefill_tokens(settings, is_gpu=True)
-    encoder_ids = np.zeros(min(longest, budget) if isinstance(spec, T5Spec) else 0, np.int32)
-    num_rows = 1 if len(encoder_ids) else min(settings.max_num_seqs, budget)
-    num_tokens = 1 if len(encoder_ids) else budget
-    lengths = np.full(num_rows, num_tokens // num_rows, np.int32)
-    lengths[: num_tokens % num_rows] += 1
-    lengths = np.minimum(lengths, longest)
-    counts, rows = -(-lengths // settings.block_size), np.arange(num_rows, dtype=np.int32)
-    num_blocks, num_cross = int(counts.sum()), -(-len(encoder_ids) // settings.block_size)
-    cross_blocks = np.arange(num_blocks + 1, num_blocks + 1 + num_cross, dtype=np.int32)
+    """All tokens of prompts that a step may have, as many as possible in one row, beside rows that go on; an encoder
+    gets the longest input. Everything is sampled with all that takes memory."""
+    longest, budget = _most_of_a_prompt(settings, spec)
+    lengths = np.ones(settings.max_num_seqs, np.int32)
+    if isinstance(spec, T5Spec):
+        return _step(lengths, 0 * lengths, min(longest, budget), settings.block_size)
+    lengths[0] = min(longest, budget)
+    share, rest = divmod(budget - int(lengths[0]), max(len(lengths) - 1, 1))
+    lengths[1:] += share
+    lengths[1 : 1 + rest] += 1
+    starts = np.ones_like(lengths)
+    starts[0] = 0
+    return _step(np.minimum(lengths, longest), starts, 0, settings.block_size)
+
+
+FEW_QUERIES = (2, 4, 8, 16, 32, 64)
+"""Most tokens of a row for which kernels have tiles of their own; how many heads share keys decides which of them do
+the same."""
+
+
+def small_steps(settings: WorkerSettings, spec: AnySpec) -> Iterator[StepPlan]:
+    """So many tokens of a prompt beside a row that goes on, with few keys before them and with many, which are cut into
+    parts: kernels for them are compiled now, which in service would keep everybody waiting."""
+    longest, budget = _most_of_a_prompt(settings, spec)
+    has_encoder = isinstance(spec, T5Spec)
+    for count in FEW_QUERIES:
+        for start in (0, longest - count):
+            if count <= min(longest, budget):
+                lengths = np.array([1 if has_encoder else count, 1][: settings.max_num_seqs], np.int32)
+                starts = np.array([start, 1][: settings.max_num_seqs], np.int32)
+                yield _step(lengths, starts, count if has_encoder else 0, settings.block_size)
+
+
+def _most_of_a_prompt(settings: WorkerSettings, spec: AnySpec) -> tuple[int, int]:
+    """Tokens in all, and in one step."""
+    return asked_total_tokens(settings, spec)[0] - 1, prefill_tokens(settings, is_gpu=True)
+
+
+def _step(lengths: Ints, starts: Ints, num_encoder_ids: int, block_size: int) -> StepPlan:
+    """Of rows with so many tokens, and so many before them; the first one brings the encoder's input. All pages are
+    page 0, which everybody may write."""
+    num_rows, counts = len(lengths), -(-(starts + lengths) // block_size)
     return StepPlan(
         step=1,
-        rows=rows,
+        rows=np.arange(num_rows, dtype=np.int32),
         num_tokens=lengths,
         num_drafts=np.zeros(num_rows, np.int32),
-        starts=np.zeros(num_rows, np.int32),
+        starts=starts,
         tokens=np.zeros(int(lengths.sum()), np.int32),
         samples=np.ones(num_rows, np.bool_),
-        block_rows=np.repeat(rows, counts),
+        block_rows=np.repeat(np.arange(num_rows, dtype=np.int32), counts),
         block_offsets=ascending(np.zeros(num_rows, np.int64), counts.astype(np.int64)).astype(np.int32),
-        block_ids=np.arange(1, num_blocks + 1, dtype=np.int32),
-        new_rows=[_row(row, int(length), encoder_ids, cross_blocks) for row, length in enumerate(lengths)],
+        block_ids=np.zeros(int(counts.sum()), np.int32),
+        new_rows=[
+            _row(row, int(end), block_size, num_encoder_ids if row == 0 else 0) for row, end in enumerate(lengths)
+        ],
         freed_rows=NO_IDS,
     )
 
 
-def num_blocks_of(plan: StepPlan) -> int:
-    return len(plan.block_ids) + sum(len(init.cross_blocks) for init in plan.new_rows)
-
-
-def _row(row: int, num_tokens: int, encoder_ids: Ints, cross_blocks: Ints) -> RowInit:
+def _row(row: int, num_tokens: int, block_size: int, num_encoder_ids: int) -> RowInit:
     params = SamplingParams(max_new_tokens=1, do_sample=True, top_p=0.9, repetition_penalty=1.1, num_top_logprobs=1)
     return RowInit(
         row=row,
@@ -293,6 +330,6 @@ def _row(row: int, num_tokens: int, encoder_ids: Ints, cross_blocks: Ints) -> Ro
         prompt_ids=np.zeros(num_tokens, np.int32),
         output_ids=NO_IDS,
         stop_ids=NO_IDS,
-        encoder_ids=encoder_ids,
-        cross_blocks=cross_blocks,
+        encoder_ids=np.zeros(num_encoder_ids, np.int32),
+        cross_blocks=np.zeros(-(-num_encoder_ids // block_size), np.int32),
     )

@@ -42,7 +42,7 @@ from worker.runner.gpu_sampler import Sampler, TorchSampler, ask, read
 from worker.runner.graphs import MAX_CAPTURE_S, Columns, DecodeGraphs
 from worker.runner.places import Places
 from worker.runner.rows import AnyInts, Ints
-from worker.runner.streams import Event, Stream, Streams
+from worker.runner.streams import Event, Stream, Streams, is_out_of_memory
 from worker.runner.torch_device import NOT_IN_VOCABULARY, Model, unfilled_blocks
 from worker.runner.vocabulary import Vocabulary
 
@@ -190,7 +190,7 @@ class GpuDevice:
         try:
             launch()
         except RuntimeError as error:
-            if self._model.group.shard.size > 1 or not _is_out_of_memory(error):
+            if self._model.group.shard.size > 1 or not is_out_of_memory(error):
                 raise
             message = str(error).partition(". ")[0]
         if message:
@@ -351,10 +351,3 @@ class GpuDevice:
         self._adapters.begin(step.encoder_slots, ids)
         slots = slots_of(self.rows.cross_tables, owners, positions, self._block_size)
         model.encode(ids.long(), slots, self.pages, whole_input(ids))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Of torch's allocator, of CUDA where others ask it for memory, or of cuBLAS."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "ALLOC_FAILED")
-    )

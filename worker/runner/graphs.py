@@ -16,18 +16,22 @@ from torch import Tensor
 
 from worker.runner.device_step import aligned
 from worker.runner.gpu_sampler import Processors, Sampler
-from worker.runner.streams import Graph, Stream, Streams
+from worker.runner.streams import Graph, Stream, Streams, Work
 
 PROCESSORS = (Processors(), Processors(cuts=True))
 MAX_CAPTURE_S = 60.0
+MAX_FINE = 256
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 """The first four of Sections."""
 
 
 def default_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, every 8, and all rows."""
-    return sorted({size for size in (1, 2, 4, *range(8, max_num_seqs, 8)) if size < max_num_seqs} | {max_num_seqs})
+    """1, 2, 4, every 8 up to MAX_FINE, at most 32 beyond, and all rows: each is a graph of its own, with memory of the
+    driver's for each of its kernels."""
+    coarse = 8 * -(-max_num_seqs // MAX_FINE)
+    sizes = {1, 2, 4, *range(8, MAX_FINE, 8), *range(MAX_FINE, max_num_seqs, coarse)}
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
 class DecodeGraphs:
@@ -72,11 +76,13 @@ class DecodeGraphs:
             if not has_time():
                 return
             self._streams.run(Stream.COMPUTE, partial(self._set_spare, size))
-            self._forwards[size] = self._streams.capture(partial(self._run_forward, size))
+            self._forwards[size] = self._capture(partial(self._run_forward, size))
             for processors in PROCESSORS:
-                work = partial(self._run_sampling, size, processors)
-                self._samplings[size, processors] = self._streams.capture(work)
+                self._samplings[size, processors] = self._capture(partial(self._run_sampling, size, processors))
             self.sizes.insert(0, size)
+
+    def _capture(self, work: Work) -> Graph:
+        return self._streams.capture(work, next(iter(self._forwards.values()), None))
 
     def forward(self, size: int, words: Tensor) -> Tensor:
         """Launch the forward pass for `words`, which begin with the columns; the logits."""

@@ -8,7 +8,7 @@ rules allow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from typing import Protocol
 
@@ -62,21 +62,27 @@ class Streams(Protocol):
     def host_buffer(self, num_words: int) -> Tensor:
         """int32 [num_words] of the host's memory that copies need not wait for."""
 
-    def capture(self, work: Work) -> Graph:
+    def capture(self, work: Work, beside: Graph | None) -> Graph:
         """What `work` launches on COMPUTE, to be launched again as a whole, over the same memory. It runs at least
-        once."""
+        once. The graph has memory in common with `beside`, if any: they never run at the same time."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of torch's allocator, of CUDA where others ask it for memory, or of cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED")
+    )
 
 
 class CudaStreams:
-    """Those of one GPU. All graphs have their memory from one pool: they never run at the same time."""
+    """Those of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = {stream: torch.cuda.Stream(device) for stream in Stream}  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, stream: Stream, work: Work) -> None:
-        with torch.cuda.stream(self._streams[stream]):
+        with self.at_once(stream):
             work()
 
     def at_once(self, stream: Stream) -> AbstractContextManager[None]:
@@ -101,14 +107,21 @@ class CudaStreams:
     def host_buffer(self, num_words: int) -> Tensor:
         return torch.empty(num_words, dtype=torch.int32, pin_memory=True)
 
-    def capture(self, work: Work) -> Graph:
+    def capture(self, work: Work, beside: Graph | None) -> Graph:
         # once without: kernels are compiled and libraries take their memory when they are first used
         self.run(Stream.COMPUTE, work)
-        torch.cuda.synchronize(self.device)
+        self.drain()
+        assert beside is None or isinstance(beside, torch.cuda.CUDAGraph)
         graph = torch.cuda.CUDAGraph()
         # not torch.cuda.graph, which collects garbage before each of what may be a hundred graphs
-        with torch.cuda.stream(self._streams[Stream.COMPUTE]):
-            graph.capture_begin(pool=self._pool)
-            work()
+        with self.at_once(Stream.COMPUTE):
+            graph.capture_begin(pool=None if beside is None else beside.pool())
+            try:
+                work()
+            except BaseException:
+                # what it says of a capture that failed is not why
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
             graph.capture_end()
         return graph

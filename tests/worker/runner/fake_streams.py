@@ -142,8 +142,9 @@ class FakeStreams:
     def host_buffer(self, num_words: int) -> Tensor:
         return torch.from_numpy(np.full(num_words, POISON, np.int32))
 
-    def capture(self, work: Work) -> FakeGraph:
+    def capture(self, work: Work, beside: FakeGraph | None) -> FakeGraph:
         assert not self.astray, "of these nobody knows when they happen"
+        assert beside is None or beside in self.graphs
         self.drain()
         with self.at_once(Stream.COMPUTE):
             work()

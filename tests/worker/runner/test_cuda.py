@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +26,13 @@ from worker.model.weights import DenseLinear
 from worker.parallel.group import Alone
 from worker.parallel.shard import Shard
 from worker.pipe import Submit
-from worker.runner import cuda, hardware, streams
-from worker.runner.cuda import largest_step, num_blocks_of
+from worker.runner import cuda, hardware
+from worker.runner.cuda import largest_step, small_steps
 from worker.runner.gpu_device import GpuDevice
 from worker.runner.gpu_sampler import TorchSampler
 from worker.runner.limits import KvMemory
 from worker.runner.load import choose_hardware, load_device
+from worker.runner.streams import CudaStreams
 from worker.runner.torch_device import TorchDevice
 
 TOTAL = 1000 << 20
@@ -88,7 +90,7 @@ def gpus(monkeypatch) -> Gpus:
     monkeypatch.setattr(cuda, "find_spec", lambda name: name)
     monkeypatch.setattr(cuda, "which", lambda name: name)
     monkeypatch.setattr(cuda, "CudaMemory", lambda device: found.memory)
-    monkeypatch.setattr(streams, "CudaStreams", lambda device: FakeStreams())
+    monkeypatch.setattr(cuda, "CudaStreams", lambda device: FakeStreams())
     monkeypatch.setattr(cuda, "gpu_number", lambda place: torch.device("cpu", place) if place else torch.device("cpu"))
 
     def kernels(attention, device, dtype, reasons):
@@ -207,14 +209,41 @@ def test_too_little_memory_of_a_gpu_is_one_sentence(gpus, load) -> None:
     assert "--cuda-memory-fraction" in text
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory. More."), StepTooLarge("no memory")])
+NO_MEMORY = [
+    torch.OutOfMemoryError("no memory. More."),
+    StepTooLarge("no memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
 def test_a_largest_step_for_which_there_is_no_memory_is_one_sentence(gpus, load, monkeypatch, error) -> None:
     def fail(self, plan) -> None:
         raise error
 
     monkeypatch.setattr(GpuDevice, "forward", fail)
-    text = refusal(load, max_batch_prefill_tokens=100)
-    assert "no memory for a step of 100 tokens (no memory); lower --max-batch-prefill-tokens" in text
+    text = refusal(load, max_batch_prefill_tokens=100, max_num_seqs=8)
+    said = str(error).partition(". ")[0]
+    assert f"no memory for a step of 107 tokens ({said}); lower --max-batch-prefill-tokens" in text
+
+
+def test_a_capture_that_fails_is_ended_and_says_why(monkeypatch) -> None:
+    """A graph is left open otherwise, to which everything belongs that is launched from then on."""
+    done, works = [], iter([0, 1])
+
+    class Graph:
+        def capture_begin(self, pool) -> None:
+            done.append("begun")
+
+        def capture_end(self) -> None:
+            done.append("ended")
+            raise RuntimeError("the capture has failed")
+
+    for name, stand_in in dict(Stream=str, stream=nullcontext, synchronize=str, CUDAGraph=Graph).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(ZeroDivisionError):
+        CudaStreams(torch.device("cpu")).capture(lambda: 1 // (1 - next(works)), None)
+    assert done == ["begun", "ended"]
 
 
 def test_room_for_adapters_is_kept_when_there_are_some(gpus, load) -> None:
@@ -264,24 +293,36 @@ def test_answers_of_a_loaded_gpu_are_those_of_the_cpu(gpus, load, name) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "num_rows", "num_tokens"),
+    ("name", "options", "lengths"),
     [
-        ("llama", dict(max_batch_prefill_tokens=300, max_num_seqs=7), 7, 300),
-        ("llama", dict(max_batch_prefill_tokens=3, max_num_seqs=7), 3, 3),
-        ("llama", dict(max_batch_prefill_tokens=300, max_num_seqs=2, max_total_tokens=100), 2, 198),
-        ("t5", dict(max_batch_prefill_tokens=40), 1, 1),
+        ("llama", dict(max_batch_prefill_tokens=300, max_num_seqs=7), [300, *[1] * 6]),
+        ("llama", dict(max_batch_prefill_tokens=3, max_num_seqs=2), [3, 1]),
+        ("llama", dict(max_batch_prefill_tokens=120, max_num_seqs=5, max_total_tokens=100), [99, 7, 6, 6, 6]),
+        ("llama", dict(max_batch_prefill_tokens=300, max_num_seqs=2, max_total_tokens=100), [99, 99]),
+        ("llama", dict(max_batch_prefill_tokens=300, max_num_seqs=1), [300]),
+        ("t5", dict(max_batch_prefill_tokens=40, max_num_seqs=3), [1, 1, 1]),
     ],
 )
-def test_the_largest_step_is_a_legal_plan(load, tiny_folder, name, options, num_rows, num_tokens) -> None:
+def test_no_step_is_larger_than_the_one_that_is_tried(load, name, options, lengths) -> None:
     device, _ = load(name, device="cpu", kv_tokens=4096, **options)
     plan = largest_step(WorkerSettings(**options), device.model.spec)
-    assert (len(plan.rows), len(plan.tokens)) == (num_rows, num_tokens)
+    assert plan.num_tokens.tolist() == lengths and plan.starts[1:].any() == (len(lengths) > 1 and name != "t5")
     assert sum(len(init.encoder_ids) for init in plan.new_rows) == (40 if name == "t5" else 0)
-    used = [*plan.block_ids.tolist(), *(block for init in plan.new_rows for block in init.cross_blocks.tolist())]
-    assert sorted(used) == list(range(1, num_blocks_of(plan) + 1))
     device.forward(plan)
     result = device.collect(device.sample(plan))
-    assert len(result.ids) == num_rows and not result.errors
+    assert len(result.ids) == len(lengths) and not result.errors
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_rows_of_few_tokens_are_tried_with_few_and_with_many_keys(load, name) -> None:
+    options = dict(max_batch_prefill_tokens=20, max_num_seqs=2, max_total_tokens=100)
+    device, _ = load(name, device="cpu", kv_tokens=4096, **options)
+    plans = list(small_steps(WorkerSettings(**options), device.model.spec))
+    tried = [(max(len(plan.new_rows[0].encoder_ids), *plan.num_tokens), plan.starts[0]) for plan in plans]
+    assert tried == [(count, start) for count in (2, 4, 8, 16) for start in (0, 99 - count)]
+    for plan in plans:
+        device.forward(plan)
+        assert not device.collect(device.sample(plan)).errors
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,10 +179,10 @@ def test_graphs_are_captured_largest_first_until_the_time_is_over() -> None:
     run_forward = DecodeGraphs._run_forward
 
     class Watched(FakeStreams):
-        def capture(self, work):
+        def capture(self, work, beside):
             if work.func.__name__ == run_forward.__name__:
                 captured.append(work.args[0])
-            return super().capture(work)
+            return super().capture(work, beside)
 
     device = gpu_device(Watched(), 1)
     said = device.capture([1, 2, 4, 6], 60.0, lambda: next(times))
@@ -208,6 +208,8 @@ def test_the_default_sizes_reach_to_all_rows() -> None:
     assert default_sizes(1) == [1]
     assert default_sizes(6) == [1, 2, 4, 6]
     assert default_sizes(36) == [1, 2, 4, 8, 16, 24, 32, 36]
+    assert default_sizes(1000)[-4:] == [928, 960, 992, 1000]
+    assert max(len(default_sizes(number)) for number in range(1, 5000)) < 70
 
 
 # Steps for which there is no memory.
