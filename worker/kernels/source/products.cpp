@@ -268,6 +268,7 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
 constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
 constexpr int64_t MOST_MANY = 512;    // rows at a time
+constexpr int64_t LEAST_OWN = 160, MOST_OWN = 256;  // rows of a thread
 constexpr int64_t FEW_ROWS = 64;      // up to which weights take longer from memory than products
 
 // Steps of a panel, whose sums [32][32] begin at zero or where they were left.
@@ -304,12 +305,18 @@ INLINE void add_steps(const bf16* upper, const bf16* lower, const bf16* packed, 
     if (HAS_LOWER) _tile_stored(3, sums + TILE * PANEL + TILE, STRIDE);
 }
 
+// Where a panel's columns of a row are written, if it is a whole one.
+bf16* result_at(const Product& p, int64_t row, int64_t panel) {
+    int64_t width = p.is_gated ? p.n / 2 : p.n, columns = p.is_gated ? TILE : PANEL;
+    return (bf16*)p.out + row * width + panel * columns;
+}
+
 // What most products of a model come to, for whole panels.
 bool finish_at_once(const Product& p, const float* sums, int64_t first, int64_t count, int64_t panel) {
     int64_t width = p.is_gated ? p.n / 2 : p.n, columns = p.is_gated ? TILE : PANEL, column = panel * columns;
-    if (p.bias || p.residual || column + columns > width) return false;
-    const bf16* like = nullptr;
-    bf16* to = (bf16*)p.out + first * width + column;
+    if (p.bias || column + columns > width) return false;
+    const bf16 *like = nullptr, *before = p.residual ? (const bf16*)p.residual + first * width + column : nullptr;
+    bf16* to = result_at(p, first, panel);
     if (p.is_gated && p.activation == SILU) {
         for (int64_t row = 0; row < count; ++row, sums += PANEL, to += width) {
             floats gate = rounded(like, activated<SILU>(rounded(like, load(sums))));
@@ -318,8 +325,11 @@ bool finish_at_once(const Product& p, const float* sums, int64_t first, int64_t 
         return true;
     }
     if (p.is_gated || p.activation != NONE) return false;
-    for (int64_t row = 0; row < count; ++row, sums += PANEL, to += width)
-        store(to, load(sums)), store(to + LANES, load(sums + LANES));
+    for (int64_t row = 0; row < count; ++row, sums += PANEL, to += width) {
+        floats left = load(sums), right = load(sums + LANES);
+        if (before) left = rounded(like, left) + load(before + row * width), right = rounded(like, right) + load(before + row * width + LANES);
+        store(to, left), store(to + LANES, right);
+    }
     return true;
 }
 
@@ -330,13 +340,12 @@ void finish_rows(const Product& p, const float* sums, int64_t first, int64_t cou
 }
 
 void lay_out_rows(const Product& p, int64_t first, int64_t count, int64_t num_steps, bf16* to) {
-    for (int64_t row = 0; row < count; ++row) {
-        const bf16* x = (const bf16*)p.x + (first + row) * p.x_stride;
-        for (int64_t step = 0; step < num_steps; ++step) {
-            int64_t left = std::min(STEP, p.k - step * STEP);
-            bf16* tile_row = to + (step * TILE + row) * STEP;
-            memset(tile_row + left, 0, (STEP - left) * sizeof(bf16));
-            memcpy(tile_row, x + step * STEP, left * sizeof(bf16));
+    const bf16* x = (const bf16*)p.x + first * p.x_stride;
+    for (int64_t step = 0; step < num_steps; ++step, x += STEP, to += TILE * STEP) {
+        int64_t left = p.k - step * STEP;
+        for (int64_t row = 0; row < count; ++row) {
+            if (left >= STEP) memcpy(to + row * STEP, x + row * p.x_stride, STEP * sizeof(bf16));
+            else memset(to + row * STEP, 0, STEP * sizeof(bf16)), memcpy(to + row * STEP, x + row * p.x_stride, left * sizeof(bf16));
         }
     }
 }
@@ -388,6 +397,13 @@ struct Block {
         return (const bf16*)p.packed + (panel * num_steps + step) * STEP_ELEMENTS;
     }
 
+    // Each row of the result is a line of its own, which has to come before it can be written. That takes no time while
+    // tiles are multiplied: at each of so many turns some rows' lines are called.
+    INLINE void call_results(int64_t panel, int64_t row, int64_t num_rows, int64_t turn, int64_t num_turns) const {
+        int64_t end = std::min((turn + 1) * 2 * TILE / num_turns, num_rows);
+        for (int64_t at = turn * 2 * TILE / num_turns; at < end; ++at) call_line_to_write(result_at(p, row + at, panel));
+    }
+
     void multiply(int64_t first, int64_t end, int64_t next) const {
         int64_t pairs = ceil_div(count, 2 * TILE);
         for (int64_t step = 0; step < num_steps; step += STEPS_AT_ONCE)
@@ -404,17 +420,21 @@ struct Block {
     void multiply(int64_t panel, int64_t step, int64_t num, int64_t pairs, const char* wanted, float* own) const {
         int64_t lines = ceil_div(STEP_ELEMENTS * sizeof(bf16) / LINE, pairs), tile_rows = num_steps * TILE * STEP;
         const bf16 *here = weights(panel, step), *upper = x + step * TILE * STEP;
+        bool is_last = step + num == num_steps;
         for (int64_t row = 0; row < count; row += 2 * TILE, upper += 2 * tile_rows, own += 2 * TILE * PANEL) {
-            auto before_step = [&](int64_t at) { prefetch(wanted + at * lines * LINE, lines); };
+            auto before_step = [&](int64_t at) {
+                prefetch(wanted + at * lines * LINE, lines);
+                if (is_last) call_results(panel, begin + row, std::min(2 * TILE, count - row), at, num);
+            };
             if (count - row > TILE) add_steps<true>(upper, upper + tile_rows, here, num, step == 0, own, before_step);
             else add_steps<false>(upper, nullptr, here, num, step == 0, own, before_step);
-            if (step + num == num_steps) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
+            if (is_last) finish_rows(p, own, begin + row, std::min(2 * TILE, count - row), panel);
             wanted += num * lines * LINE;
         }
     }
 };
 
-void multiply_many(const Product& p) {
+void multiply_by_panels(const Product& p) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
     bf16* x = (bf16*)scratch<RowsInTiles>(ceil_div(std::min(MOST_MANY, p.num_rows), TILE) * tile_rows * sizeof(bf16));
     for (int64_t begin = 0; begin < p.num_rows; begin += MOST_MANY) {
@@ -436,6 +456,31 @@ void multiply_many(const Product& p) {
             _tile_release();
         });
     }
+}
+
+// So many rows that each thread has enough of its own: they and their results stay in its second-level cache, which takes
+// longer to get them from another core than all weights once more from memory.
+void multiply_by_rows(const Product& p, int64_t size) {
+    int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
+    in_parallel(ceil_div(p.num_rows, size), [&](Pieces& pieces) {
+        bf16* x = (bf16*)scratch<RowsInTiles>(size / TILE * tile_rows * sizeof(bf16));
+        float* sums = (float*)scratch<Sums>(size * PANEL * sizeof(float));
+        configure(TILE, TILE);
+        for (int64_t piece; pieces.next(piece);) {
+            int64_t begin = piece * size, count = std::min(size, p.num_rows - begin);
+            for (int64_t row = 0; row < count; row += TILE)
+                lay_out_rows(p, begin + row, std::min(TILE, count - row), num_steps, x + row / TILE * tile_rows);
+            Block block{p, x, num_steps, begin, count, sums};
+            for (int64_t panel = 0; panel < p.num_panels(); ++panel) block.multiply(panel, panel + 1, panel + 1);
+        }
+        _tile_release();
+    });
+}
+
+void multiply_many(const Product& p) {
+    int64_t turns = ceil_div(p.num_rows, num_threads() * MOST_OWN), size = ceil_div(p.num_rows, num_threads() * turns);
+    if (size < LEAST_OWN) multiply_by_panels(p);
+    else multiply_by_rows(p, ceil_div(size, 2 * TILE) * 2 * TILE);
 }
 
 void multiply_with_tiles(const Product& p) {
