@@ -59,8 +59,8 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a plan changes: `words` int32 on the host, in parts of `sizes`; afterwards there are `num_slots` for token
-    counts. `errors` by row: one sentence each, for requests that the device cannot serve."""
+    """What a plan changes: `words` int32 on the host, in parts of `sizes`; afterwards there must be `num_slots` for
+    token counts. `errors` by row: one sentence each, for requests that the device cannot serve."""
 
     words: Words
     sizes: list[int]
@@ -112,7 +112,7 @@ class DeviceRows:
 
     @property
     def num_slots(self) -> int:
-        """After the last `changes`; the device has them when these are applied."""
+        """That rows of the last `changes` want at least; the device has them when these are applied."""
         return self._slots.number
 
     def changes(self, plan: StepPlan) -> Changes:
@@ -208,27 +208,27 @@ class DeviceRows:
 
 
 class _Slots:
-    """Which rows have which of `number` slots."""
+    """Which rows have which slots: each the first one that is free, so that what many rows once wanted, and a step
+    without memory may have failed to get, is asked for no longer when they are gone."""
 
     def __init__(self) -> None:
-        self.number = 0
         self._slots: dict[int, int] = {}
-        self._free: list[int] = []
+
+    @property
+    def number(self) -> int:
+        """How many there must be."""
+        last = max(self._slots.values(), default=NO_SLOT)
+        return 0 if last == NO_SLOT else max(1 << last.bit_length(), FIRST_SLOTS)
 
     def of(self, row: int) -> int:
         return self._slots.get(row, NO_SLOT)
 
     def take(self, row: int) -> None:
-        if not self._free:
-            more = max(2 * self.number, FIRST_SLOTS)
-            self._free = list(range(more - 1, self.number - 1, -1))
-            self.number = more
-        self._slots[row] = self._free.pop()
+        used = set(self._slots.values())
+        self._slots[row] = next(slot for slot in range(len(used) + 1) if slot not in used)
 
     def release(self, row: int) -> None:
-        slot = self._slots.pop(row, None)
-        if slot is not None:
-            self._free.append(slot)
+        self._slots.pop(row, None)
 
 
 def _words_of(parameters: npt.NDArray[np.void]) -> Words:

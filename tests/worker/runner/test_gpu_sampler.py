@@ -164,6 +164,17 @@ def test_slots_are_begun_anew_and_grow_without_losing_any():
     assert state.counts[slots, 0].argmax(-1).tolist() == [2, 2, 3, 3, 6, 7]
 
 
+def test_growth_that_a_lost_step_failed_to_get_is_not_asked_for_again():
+    state = DeviceRows(12, 3, 10, torch.device("cpu"))
+    lost = plan_of([init_of(row, Row(PENALISED, [row], [])) for row in range(9)])
+    assert state.changes(lost).num_slots == 16
+    apply(state, plan_of([init_of(9, Row(PENALISED, [9], []))], freed=range(9)))
+    assert len(state.counts) == state.num_slots == 4
+    apply(state, plan_of([init_of(row, Row(PENALISED, [row], [])) for row in range(4)]))
+    slots = state.parameters[[0, 1, 2, 3, 9], Word.SLOT].tolist()
+    assert len(state.counts) == 8 and state.counts[slots, 0].argmax(-1).tolist() == [0, 1, 2, 3, 9]
+
+
 def test_a_plan_without_changes_sends_nothing():
     state, _ = device_rows([Row(PENALISED, [1], [])], 10)
     assert state.changes(plan_of([])).words.size == 0
