@@ -18,6 +18,7 @@ all of B, and what they add to their parts is summed with them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ MOST_WITH_ZEROS = 750_000
 one, since most of its time is spent on its way."""
 
 Slots = npt.NDArray[np.int64]
+Shape = tuple[int, int, int]
+"""Targets, slots and rank."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +80,11 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class LoraStep:
-    """Which slot each token of a step uses. Either `others` has for a number of targets bool [t, targets * slots *
-    rank], which columns of A x are not for a token, or `shares` for each slot its tokens, a slice where they are
+    """Which slot each token of a step uses. Either `others` has for a shape of slots bool [t, targets * slots * rank],
+    which columns of A x are not for a token, or `shares` for each slot its tokens, a slice where they are
     neighbours."""
 
-    others: dict[int, Tensor] | None
+    others: dict[Shape, Tensor] | None
     shares: tuple[tuple[int, slice | Tensor], ...] = ()
 
 
@@ -127,7 +130,7 @@ class AdaptedLinear:
         step = self.slots.step
         if step is not None and self.is_changed:
             if step.others is not None:
-                self._add_to_all(x, result, step.others[len(self._b)])
+                self._add_to_all(x, result, step.others[self.shape])
             else:
                 self._add_by_slot(x, result, step)
         return result
@@ -158,9 +161,9 @@ class AdaptedLinear:
     # What the slots hold.
 
     @property
-    def num_targets(self) -> int:
-        """Of those that adapters in slots change."""
-        return len(self._targets)
+    def shape(self) -> Shape:
+        """Of what the slots hold here: targets that adapters change, slots and their rank."""
+        return self._a.shape[0], self._a.shape[1], self._a.shape[2]
 
     def bytes_with(self, slot: int, targets: Sequence[Target], num_slots: int, rank: int) -> int:
         """What it would take with an adapter for `targets` in `slot`, and slots of that number and rank."""
@@ -169,12 +172,14 @@ class AdaptedLinear:
         return sum(widths) * num_slots * rank * self.slots.dtype.itemsize
 
     def put(self, slot: int, targets: Sequence[Target], num_slots: int, rank: int) -> None:
-        """Make room in `slot`, with zeros, for an adapter that changes `targets`."""
-        self._users = self._users_with(slot, targets)
-        wanted = self._sorted(self._users)
-        if wanted != self._targets or self._a.shape[1:3] != (num_slots, rank):
+        """Make room in `slot`, with zeros, for an adapter that changes `targets`; none if it lies behind `num_slots`.
+        Without memory for it all stays as it is."""
+        users = self._users_with(slot, targets)
+        wanted = self._sorted(users)
+        if wanted != self._targets or self.shape[1:] != (num_slots, rank):
             self._rebuild(wanted, num_slots, rank)
-        self._a[:, slot] = 0.0
+        self._users = users
+        self._a[:, slot : slot + 1] = 0.0
         for b in self._b:
             b[slot * rank : (slot + 1) * rank] = 0.0
 
@@ -197,21 +202,23 @@ class AdaptedLinear:
     def _rebuild(self, targets: list[Target], num_slots: int, rank: int) -> None:
         """Other targets, more slots or another rank; what lies in the slots stays."""
         old = {target: pair for target, *pair in zip(self._targets, self._a, self._b, strict=True)}
-        self._targets, dtype, num_rows = targets, self.slots.dtype, num_slots * rank
-        self._a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype, device=self.slots.device)
-        self._a_columns = self._a.view(-1, self.num_in).t()
-        self._b, self._runs = [], []
+        dtype, num_rows = self.slots.dtype, num_slots * rank
+        new_a = torch.zeros((len(targets), num_slots, rank, self.num_in), dtype=dtype, device=self.slots.device)
+        new_b: list[Tensor] = []
+        runs: list[Run] = []
         for group in _groups(targets, num_rows):
-            first, place = len(self._b) * num_rows, _place_of(group)
+            first, place = len(new_b) * num_rows, _place_of(group)
             b = torch.zeros((len(group) * num_rows, _size(place)), dtype=dtype, device=self.slots.device)
-            self._runs.append(Run(slice(first, first + len(b)), place, b))
+            runs.append(Run(slice(first, first + len(b)), place, b))
             blocks = [(index * num_rows, _inside(target.place, place)) for index, target in enumerate(group)]
-            self._b += [b[start : start + num_rows, columns] for start, columns in blocks]
-        for target, a, b in zip(targets, self._a, self._b, strict=True):
+            new_b += [b[start : start + num_rows, columns] for start, columns in blocks]
+        for target, a, b in zip(targets, new_a, new_b, strict=True):
             if target in old:
                 old_a, old_b = old[target]
                 _copy_corner(old_a, a)
                 _copy_corner(old_b.view(*old_a.shape[:2], -1), b.view(num_slots, rank, -1))
+        self._targets, self._a, self._a_columns = targets, new_a, new_a.view(-1, self.num_in).t()
+        self._b, self._runs = new_b, runs
 
 
 def _groups(targets: Sequence[Target], num_rows: int) -> list[list[Target]]:
@@ -256,7 +263,7 @@ class LoraSlots:
         self._family = family
         self._layers: dict[AdaptedLinear, list[Target]] = {}
         self._ranks: list[int] = []
-        self._numbers: set[int] = set()
+        self._shapes: set[Shape] = set()
 
     def wrap(self, base: Linear, pieces: Sequence[Piece]) -> AdaptedLinear:
         """A layer that adapters may change; `base` has the rows of all pieces, one below the other."""
@@ -285,11 +292,10 @@ class LoraSlots:
         return sum(layer.bytes_with(slot, wanted[layer], *sizes) for layer in self._layers) - self.num_bytes
 
     def put(self, slot: int, rank: int, targets: Sequence[Target], changes: Iterator[Change]) -> None:
-        """Replace what `slot` holds by an adapter of this rank. Whatever `changes` raises leaves the slot useless."""
+        """Replace what `slot` holds by an adapter of this rank. Whatever `changes` raises, or a lack of memory, leaves
+        the slot useless, and the others as they are, in some layers perhaps with more room than in others."""
         sizes, wanted = self._sizes_with(slot, rank), self._by_layer(targets)
-        for layer in self._layers:
-            layer.put(slot, wanted[layer], *sizes)
-        self._numbers = {layer.num_targets for layer in self._layers}
+        self._make_room(slot, wanted, sizes)
         self._ranks += [0] * (sizes[0] - len(self._ranks))
         self._ranks[slot] = rank
         layer_of = {target: layer for layer, own in self._layers.items() for target in own}
@@ -297,9 +303,19 @@ class LoraSlots:
             layer_of[change.target].write(slot, change)
 
     def clear(self, slot: int) -> None:
-        """Forget what `slot` holds, if it was ever used: memory for it would be taken in vain."""
+        """Forget what `slot` holds: memory for it would be taken in vain, and is given back where there is some to move
+        the others to."""
         if slot < len(self._ranks):
-            self.put(slot, 0, [], iter(()))
+            self._ranks[slot] = 0
+        with suppress(torch.OutOfMemoryError):
+            self._make_room(slot, self._by_layer([]), (len(self._ranks), max(self._ranks, default=0)))
+
+    def _make_room(self, slot: int, targets: Mapping[AdaptedLinear, list[Target]], sizes: tuple[int, int]) -> None:
+        try:
+            for layer in self._layers:
+                layer.put(slot, targets[layer], *sizes)
+        finally:
+            self._shapes = {layer.shape for layer in self._layers}
 
     def use(self, slots: Slots, sent: Tensor | None = None) -> None:
         """Begin a step whose tokens use `slots` [t]; below zero is no adapter. `sent` [t] is their copy on a device on
@@ -309,13 +325,17 @@ class LoraSlots:
         is_of_one = len(distinct) == 1 and bool((slots == distinct[0]).all())
         is_small = len(slots) * rank <= FEW_COLUMNS or len(self._ranks) * rank <= NARROW_SLOTS
         if distinct and (is_small or sent is not None) and not is_of_one:
-            owners = torch.arange(len(self._ranks) * rank, device=self.device) // max(rank, 1)
-            others = (torch.from_numpy(slots) if sent is None else sent)[:, None] != owners
-            self.step = LoraStep({number: others.repeat(1, number) for number in self._numbers})
+            known = torch.from_numpy(slots) if sent is None else sent
+            self.step = LoraStep({shape: self._others(known, shape) for shape in self._shapes})
         elif distinct:
             self.step = LoraStep(None, tuple((slot, _tokens_of(slot, slots)) for slot in distinct))
         else:
             self.step = None
+
+    def _others(self, slots: Tensor, shape: Shape) -> Tensor:
+        num_targets, num_slots, rank = shape
+        owners = torch.arange(num_slots * rank, device=self.device) // max(rank, 1)
+        return (slots[:, None] != owners).repeat(1, num_targets)
 
     def _sizes_with(self, slot: int, rank: int) -> tuple[int, int]:
         """How many slots there are with an adapter of this rank in `slot`, and how wide."""

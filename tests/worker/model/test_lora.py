@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +134,8 @@ def way(request, monkeypatch) -> str:
 def test_three_adapters_and_none_in_one_batch_give_what_the_merged_models_give(cases, name, way):
     case = cases(name)
     decoder, slots = load(case)
-    num_shared = sum(layer.num_targets - len(layer._runs) for layer in slots._layers)
-    has_parts = any(layer.num_targets > 1 for layer in slots._layers)
+    num_shared = sum(layer.shape[0] - len(layer._runs) for layer in slots._layers)
+    has_parts = any(layer.shape[0] > 1 for layer in slots._layers)
     assert (num_shared > 0) == (has_parts and way != "together, part by part")
     logits, steps = run(decoder, slots, case)
     assert len(steps) >= 5, "steps of four rows and more, with all adapters and none in them"
@@ -265,6 +266,34 @@ def test_slots_are_replaced_widened_and_narrowed_and_the_others_stay(cases):
         ranks.append(max(slots._ranks))
     assert ranks == [5, 7, 7, 7, 7, 5, 7]
     assert relative_error(run(decoder, slots, case)[0], case.expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_lost", [1, 10**6])
+@pytest.mark.parametrize("num_had", [0, 1, 4, 9])
+def test_an_adapter_that_some_layer_has_no_memory_for_leaves_the_others_as_they_are(
+    cases, way, monkeypatch, num_had: int, num_lost: int
+) -> None:
+    """Whether or not there is some again to give back what it took."""
+    case = cases("llama")
+    decoder, slots = load(case, order=(0, 1, 0))
+    before, asked, zeros = run(decoder, slots, case)[0], count(), torch.zeros
+
+    def fail(*arguments, **options) -> torch.Tensor:
+        if num_had <= next(asked) < num_had + num_lost:
+            raise torch.OutOfMemoryError("no memory")
+        return zeros(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.torch, "zeros", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            put(slots, 3, case.adapters[2])
+        slots.clear(3)
+    is_uneven = len({layer.shape[1:] for layer in slots._layers}) > 1
+    assert is_uneven == (num_had > 1 and num_lost > 1)
+    assert relative_error(run(decoder, slots, case)[0], before) <= TOLERANCE
+    put(slots, 2, case.adapters[2])
+    assert relative_error(run(decoder, slots, case)[0], case.expected) <= TOLERANCE
+    assert len({layer.shape[1:] for layer in slots._layers}) == 1
 
 
 def test_what_an_adapter_left_in_a_slot_is_gone_with_it(cases):
