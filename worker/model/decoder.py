@@ -83,8 +83,8 @@ class Decoder:
     @property
     def can_be_captured(self) -> bool:
         """Whether a graph may hold a step: the host asks the device for nothing in it."""
-        mlps = (layer.mlp for layer in self.weights.layers)
-        return not any(isinstance(mlp, MoeWeights) and isinstance(mlp.up, ListedExperts) for mlp in mlps)
+        mlps = [layer.mlp for layer in self.weights.layers if isinstance(layer.mlp, MoeWeights)]
+        return not any(isinstance(experts, ListedExperts) for mlp in mlps for experts in (mlp.up, mlp.down))
 
     def forward(self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor) -> Tensor:
         """Run one step and write its keys and values into `pages`.

@@ -25,7 +25,8 @@ from worker.runner.rows import Ints
 
 class RowAdapters:
     """Which of `slots` each row uses, and by digest what lies in them; "" where nothing useful does. They may take
-    `max_bytes` of memory: the system counts as free what a KV cache that is not full yet was promised."""
+    `max_bytes` of memory: the system counts as free what a KV cache that is not full yet was promised, and knows
+    nothing of a GPU's."""
 
     def __init__(self, slots: LoraSlots, group: Group, *, num_rows: int, max_rank: int, max_bytes: int) -> None:
         self._slots, self._group, self._max_rank, self._max_bytes = slots, group, max_rank, max_bytes
@@ -86,7 +87,9 @@ class RowAdapters:
         if stored.digest != adapter.digest:
             raise ConfigurationError(f"{adapter.source} changed since the job was accepted")
         growth = self._slots.growth(slot, stored.rank, stored.targets)
-        free = min(available_bytes(), self._max_bytes - self._slots.num_bytes)
+        free = self._max_bytes - self._slots.num_bytes
+        if self._slots.device.type == "cpu":
+            free = min(free, available_bytes())
         if growth > free:
             raise ConfigurationError(
                 f"it needs {readable(growth)} of memory but only {readable(max(free, 0))} is free; lower --max-loras"

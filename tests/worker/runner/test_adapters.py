@@ -308,6 +308,18 @@ def test_memory_that_the_kv_cache_was_promised_is_not_free_for_adapters(served, 
     assert [run.outcome(name)[1] for name in "03"] == ["length", "length"]
 
 
+def test_what_the_host_has_is_no_matter_where_adapters_lie_on_a_gpu(served, monkeypatch):
+    model = served("llama")
+    device, _ = model.load()
+    adapters, adapter = device._adapters, model.adapter(device, 0)
+    monkeypatch.setattr(runner_adapters, "available_bytes", lambda: 1000)
+    assert "only 1000 B is free" in adapters._load(adapter, 0)
+    adapters._slots.device = torch.device("meta")
+    assert adapters._load(adapter, 0) == "" and adapters._slots.num_bytes > 1000
+    adapters._max_bytes = adapters._slots.num_bytes + 500
+    assert "only 500 B is free" in adapters._load(model.adapter(device, 1), 1)
+
+
 def test_what_another_rank_cannot_read_is_an_error_of_the_row_on_all(served, monkeypatch):
     model, read = served("llama"), RowAdapters._read
 

@@ -138,15 +138,13 @@ def test_experts_of_which_each_is_a_product_run_without_graphs(folders) -> None:
     device = gpu_device(loaded, streams, 1, ())
     assert device.capture([1, 2]).startswith("cuda_graphs of 2 sizes") and streams.graphs
     layers = device.model.weights.layers
-    for number, layer in enumerate(layers):
-        listed = {
-            name: ListedExperts(tuple(DenseLinear(matrix, None) for matrix in getattr(layer.mlp, name).matrices))
-            for name in ("up", "down")
-        }
-        layers[number] = replace(layer, mlp=replace(layer.mlp, **listed))
-    streams = FakeStreams()
-    device = gpu_device(loaded, streams, 1, ())
-    assert device.capture([1, 2]).startswith("cuda_graphs off: each quantised expert") and not streams.graphs
+    for name in ("down", "up"):
+        for number, layer in enumerate(layers):
+            listed = ListedExperts(tuple(DenseLinear(matrix, None) for matrix in getattr(layer.mlp, name).matrices))
+            layers[number] = replace(layer, mlp=replace(layer.mlp, **{name: listed}))
+        streams = FakeStreams()
+        device = gpu_device(loaded, streams, 1, ())
+        assert device.capture([1, 2]).startswith("cuda_graphs off: each quantised expert") and not streams.graphs
     assert outcomes(device, loaded[1], messages(6))
 
 
