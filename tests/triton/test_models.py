@@ -21,6 +21,7 @@ from worker.model.operations import Operations
 from worker.model.spec import Spec, T5Spec
 from worker.model.t5 import T5, load_t5_weights
 from worker.model.weights import DummySource, Part
+from worker.runner.device_step import whole_input
 
 BAR = 2e-5
 """Relative to the largest logit, in float32."""
@@ -142,7 +143,9 @@ def answered(name: str, way: str, device: torch.device, *, has_other_source: boo
     sources, lengths = TABLES + NUM_PAGES, np.array([5, 18, 7])
     places = np.arange(lengths[2])
     source = torch.from_numpy(places + (1 if has_other_source else 0))
-    model.encode(source.to(device), slots_of(sources, np.full(len(places), 2), places).to(device), pages)
+    source = source.to(device)
+    whole = whole_input(source.int(), pages.shape[3]) if way == "triton" else None
+    model.encode(source, slots_of(sources, np.full(len(places), 2), places).to(device), pages, whole)
     tokens, positions, rows = step()
     slots = slots_of(TABLES, rows, positions.numpy()).to(device)
     batch = Batch(COUNTS, STARTS, TABLES, slots)

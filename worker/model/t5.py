@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from worker.attention import AnyBatch, Attention, Batch, LayerShape
+from worker.attention import AnyBatch, Attention, Batch, DeviceBatch, LayerShape
 from worker.attention.pages import write_pages
 from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
@@ -112,13 +112,16 @@ class T5:
         """(layers, heads, head_dim) of the keys and values that this rank keeps."""
         return self.spec.num_layers, self.num_kv_heads, self.spec.head_dim
 
-    def encode(self, tokens: Tensor, slots: Tensor, pages: Tensor, batch: AnyBatch | None = None) -> None:
+    def encode(self, tokens: Tensor, slots: Tensor, pages: Tensor, batch: DeviceBatch | None = None) -> None:
         """Run the encoder over one request, and write what it leaves for each layer of the decoder into `pages`.
 
         `tokens` int64 [e]; `slots` int64 [e] a place for each among all places of all pages; `pages` as in `forward`.
-        `batch`, for attention that wants one of a device, has one row: the whole input, as one page.
+        `batch`, for attention that wants one of a device, has one row, the whole input in pages of that size.
         """
-        x = self._encoder_output(tokens, batch or whole_input(tokens))
+        if batch is None:
+            x = self._encoder_output(tokens, whole_input(tokens), 1, len(tokens))
+        else:
+            x = self._encoder_output(tokens, batch, batch.tables.shape[1], pages.shape[3])
         for layer, cross in enumerate(self.weights.crosses):
             k, v = cross.kv(x).view(len(x), 2, *self._head_shape).unbind(1)
             write_pages(pages[layer, 0], k, slots)
@@ -142,11 +145,11 @@ class T5:
             x = self._feed_forward(x, weights)
         return self.weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
 
-    def _encoder_output(self, tokens: Tensor, batch: AnyBatch) -> Tensor:
+    def _encoder_output(self, tokens: Tensor, batch: AnyBatch, num_pages: int, page_size: int) -> Tensor:
         """[e, hidden]."""
-        stack, x, size = self.weights.encoder, self._embed(tokens), len(tokens)
-        meta = self.attention.prepare(batch, size)
-        pages = x.new_empty((2, 1, size, *self._head_shape))
+        stack, x = self.weights.encoder, self._embed(tokens)
+        meta = self.attention.prepare(batch, page_size)
+        pages = x.new_empty((2, num_pages, page_size, *self._head_shape))
         for weights in stack.layers:
             x = x + self._attend(x, weights, pages, batch.slots, meta, self._encoder_shape)
             x = self._feed_forward(x, weights)

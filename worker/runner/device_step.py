@@ -144,15 +144,17 @@ def inputs_of(
     return Inputs(tokens, positions, batch, cross)
 
 
-def whole_input(ids: Tensor) -> DeviceBatch:
-    """As `worker.model.t5.whole_input`, of nothing that the host would have to send."""
+def whole_input(ids: Tensor, block_size: int) -> DeviceBatch:
+    """What an encoder reads, in pages one after the other. Kernels are compiled for a size of pages, so these are no
+    larger than others; and for the width of a table, as far as 16 divides it."""
     size, zero = len(ids), ids.new_zeros(1)
     ends = torch.arange(2, dtype=torch.int32, device=ids.device) * size
+    num_pages = 16 * -(-size // (16 * block_size))
     return DeviceBatch(
         rows=zero,
         query_starts=ends,
         starts=zero,
-        tables=zero[None],
+        tables=torch.arange(num_pages, dtype=torch.int32, device=ids.device)[None],
         slots=torch.arange(size, device=ids.device),
         max_queries=size,
         max_keys=size,

@@ -350,4 +350,4 @@ class GpuDevice:
         owners = torch.full_like(positions, step.encoder_row)
         self._adapters.begin(step.encoder_slots, ids)
         slots = slots_of(self.rows.cross_tables, owners, positions, self._block_size)
-        model.encode(ids.long(), slots, self.pages, whole_input(ids))
+        model.encode(ids.long(), slots, self.pages, whole_input(ids, self._block_size))

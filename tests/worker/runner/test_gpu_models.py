@@ -133,6 +133,21 @@ def test_adapters_do_what_they_do_on_a_cpu(folders, name: str) -> None:
     assert sum(mine != others for mine, others in zip(expected, without)) >= 8, "adapters change answers"
 
 
+def test_what_an_encoder_reads_lies_in_pages_of_one_size_whatever_its_length(folders, monkeypatch) -> None:
+    """Kernels are compiled for each size."""
+    loaded, attend, seen = load(folders("flan")), ReferenceOnDevice.attend, set()
+
+    def watch(attention, q, k_pages, v_pages, meta, layer):
+        if layer is loaded[0].model._encoder_shape:
+            seen.add((len(q), (k_pages.shape[1], meta.block_tables.shape[1])))
+        return attend(attention, q, k_pages, v_pages, meta, layer)
+
+    monkeypatch.setattr(ReferenceOnDevice, "attend", watch)
+    outcomes(gpu_device(loaded, FakeStreams(), 1, ()), loaded[1], messages(6))
+    assert len({length for length, _ in seen}) >= 5
+    assert {sizes for _, sizes in seen} == {(loaded[1].block_size, 16)}
+
+
 def test_experts_of_which_each_is_a_product_run_without_graphs(folders) -> None:
     loaded, streams = load(folders("mixtral")), FakeStreams()
     device = gpu_device(loaded, streams, 1, ())
