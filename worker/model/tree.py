@@ -19,6 +19,8 @@ def mapped(node: Any, change: Callable[[Any], Any]) -> Any:
         return node
     if isinstance(node, list | tuple):
         parts = [mapped(part, change) for part in node]
+        if all(new is part for new, part in zip(parts, node, strict=True)):
+            return node
         return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
     if not is_dataclass(node) or isinstance(node, type):
         return node

@@ -341,6 +341,7 @@ def test_nothing_of_a_layer_stays_behind_on_the_host() -> None:
     assert dense.bias is there and nothing is None and moved.size == 3
     assert all(each.is_meta for each in (moved.codes, dense.weight, adapted.base.weight))
     assert cuda.finished(dense, torch.device("meta"), lambda node: node) is dense
+    assert cuda.finished(moved, torch.device("meta"), lambda node: node) is moved
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
