@@ -19,6 +19,7 @@ from worker.model.untouched import untouched_zeros
 from worker.pipe import AdapterChecked
 from worker.runner.adapters import RowAdapters
 from worker.runner.places import Places, ascending
+from worker.runner.provided import Provided
 from worker.runner.rows import Ints, Rows
 from worker.runner.sampler import chosen, sample
 from worker.runner.vocabulary import Vocabulary
@@ -66,6 +67,7 @@ class TorchDevice:
         num_layers, num_heads, head_dim = model.page_shape
         shape = (num_layers, 2, num_blocks + 1, block_size, num_heads, page_width(head_dim, kv_type))
         self.pages = untouched_zeros(shape, kv_type)
+        self.provided = Provided(self.pages)
         self._vocabulary = Vocabulary(model.spec.vocab_size, model.group)
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, self._vocabulary.mine)
         self._row_errors: dict[int, str] = {}
@@ -125,6 +127,7 @@ class TorchDevice:
         for row in [*plan.freed_rows.tolist(), *(init.row for init in plan.new_rows)]:
             self._row_errors.pop(row, None)
         self.rows.apply(plan)
+        self.provided.use(plan.block_ids)
         self._clear_ends(plan)
         for init in plan.new_rows:
             if error := self._adapters.move_in(init):
