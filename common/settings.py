@@ -190,12 +190,13 @@ Rates = Annotated[
 ]
 
 
-def num_gpus() -> int:
-    """CUDA devices that a process here would see, without loading anything to ask for them."""
+def gpus() -> list[str]:
+    """CUDA devices that a process here would see, by their names in CUDA_VISIBLE_DEVICES, without loading anything to
+    ask for them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    return len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    return [str(number) for number, _ in enumerate(GPUS.iterdir())] if GPUS.is_dir() else []
 
 
 def _is_host_and_port(text: str) -> bool:
@@ -437,7 +438,7 @@ class WorkerSettings(CommonSettings):
     def _resolve_sharded(self) -> Self:
         """TGI's rules for its two options."""
         if self.sharded == "true" and "num_shard" not in self.model_fields_set:
-            self.num_shard = num_gpus()
+            self.num_shard = len(gpus())
             if self.num_shard < 2:
                 raise ValueError(f"--sharded true is one rank for each of {self.num_shard} GPUs; give --num-shard")
         elif self.sharded is not None and (self.sharded == "true") != (self.num_shard > 1):
@@ -460,7 +461,7 @@ class WorkerSettings(CommonSettings):
 class UpSettings(GatewaySettings, WorkerSettings):
     """Options of `inferfleet up`: those of gateway and worker, and how many of each."""
 
-    workers: Annotated[int, Field(ge=0, le=64)] = option(1, "worker processes")
+    workers: Annotated[int, Field(ge=0, le=64)] = option(1, "worker processes; GPUs are dealt out among several")
     gateways: Annotated[int, Field(ge=1, le=64)] = option(1, "gateway processes, on ports counted up from --port")
     fresh: bool = option(False, "drop the jobs of the last run")
     redis_maxmemory: str = option("", "memory limit of the embedded Redis, such as 2gb")

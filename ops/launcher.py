@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 
 from common.errors import ConfigurationError, StoreError
-from common.settings import GatewaySettings, UpSettings, WorkerSettings, environment_of
+from common.settings import GatewaySettings, UpSettings, WorkerSettings, environment_of, gpus
 from common.store.connection import Connection
 from common.store.fleet import FleetStore
 from ops.cli.gateway import listen
@@ -177,7 +177,16 @@ class Launcher:
         worker_id = self.settings.worker_id or f"{prefix}{name}"
         port = self.settings.metrics_port + index if self.settings.metrics_port else 0
         environment = environment | {"INFERFLEET_WORKER_ID": worker_id, "INFERFLEET_METRICS_PORT": str(port)}
+        environment |= self._gpus_of(index)
         self.children.append(Child(name, ["worker"], environment, lambda: self._seal(worker_id)))
+
+    def _gpus_of(self, index: int) -> dict[str, str]:
+        """Of several workers each has GPUs of its own for its ranks, or begins anew with the first where all have some.
+        Where one alone needs more than there are, it says so itself."""
+        names, own = gpus(), self.settings.ranks_per_node
+        if self.settings.workers == 1 or self.settings.device == "cpu" or own > len(names):
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[(index * own + rank) % len(names)] for rank in range(own))}
 
     def _threads_per_worker(self) -> int:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

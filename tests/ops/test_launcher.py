@@ -65,3 +65,18 @@ def test_a_fleet_whose_output_nobody_reads_goes_on() -> None:
     process.stdout.close()
     process.communicate(b"\n")
     assert process.returncode == 7
+
+
+def test_workers_have_gpus_of_their_own_as_far_as_these_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*arguments: str) -> list[str | None]:
+        children = planned(*arguments).children[1:]
+        return [child.environment.get("CUDA_VISIBLE_DEVICES") for child in children]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,6")
+    assert given("--workers", "3") == ["4", "5", "6"]
+    assert given("--workers", "4") == ["4", "5", "6", "4"]
+    assert given("--workers", "2", "--num-shard", "2") == ["4,5", "6,4"]
+    assert given("--workers", "2", "--num-shard", "4") == given("--workers", "2", "--device", "cpu") == [None, None]
+    assert given("--workers", "1") == [None], "which sees them all"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert given("--workers", "2") == [None, None]
