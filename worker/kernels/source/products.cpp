@@ -103,6 +103,16 @@ void for_panels(int64_t num_panels, const Work& work) {
     });
 }
 
+constexpr int64_t LEAST_OWN = 160, MOST_OWN = 256;
+
+// Rows, whole pairs of tiles, that a thread multiplies with all panels, if there are so many that each has enough of its
+// own: they and their results stay in its second-level cache, which takes longer to get them from another core than all
+// weights once more from memory. Else 0.
+int64_t own_rows(int64_t num_rows) {
+    int64_t turns = ceil_div(num_rows, num_threads() * MOST_OWN), size = turns ? ceil_div(num_rows, num_threads() * turns) : 0;
+    return size < LEAST_OWN ? 0 : ceil_div(size, 2 * TILE) * 2 * TILE;
+}
+
 // float32, and bfloat16 without tiles: some rows of x at a time against a panel or two, sums in registers. Two panels take
 // fewer loads for each product, which counts where weights are in a cache.
 
@@ -224,19 +234,28 @@ void multiply_panels(const Product& p, int64_t begin, int64_t end, int64_t panel
     }
 }
 
+// The same against panels from `panel` to `last`.
+template <class T, int PANELS>
+void multiply_all_panels(const Product& p, int64_t begin, int64_t end, int64_t panel, int64_t last, int64_t next) {
+    for (; panel + PANELS <= last; panel += PANELS)
+        multiply_panels<T, PANELS>(p, begin, end, panel, panel + PANELS < last ? panel + PANELS : next);
+    for (; panel < last; ++panel) multiply_panels<T, 1>(p, begin, end, panel, panel + 1);
+}
+
 template <class T, int PANELS>
 void multiply_with_vectors(const Product& p) {
+    if (int64_t size = own_rows(p.num_rows))
+        return for_each_in_parallel(ceil_div(p.num_rows, size), [&](int64_t piece) {
+            int64_t begin = piece * size, num_panels = p.num_panels();
+            multiply_all_panels<T, PANELS>(p, begin, std::min(begin + size, p.num_rows), 0, num_panels, num_panels);
+        });
     int64_t most = rows_at_a_time(p.k * sizeof(T), MOST_ROWS<PANELS>);
-    for (int64_t begin = 0; begin < p.num_rows; begin += most) {
-        int64_t end = std::min(begin + most, p.num_rows);
+    for (int64_t begin = 0; begin < p.num_rows; begin += most)
         for_pieces(p.num_panels(), PANELS, [&](auto&& for_each) {
-            for_each([&](int64_t panel, int64_t piece_end, int64_t next) {
-                for (; panel + PANELS <= piece_end; panel += PANELS)
-                    multiply_panels<T, PANELS>(p, begin, end, panel, panel + PANELS < piece_end ? panel + PANELS : next);
-                for (; panel < piece_end; ++panel) multiply_panels<T, 1>(p, begin, end, panel, panel + 1);
+            for_each([&](int64_t panel, int64_t last, int64_t next) {
+                multiply_all_panels<T, PANELS>(p, begin, std::min(begin + most, p.num_rows), panel, last, next);
             });
         });
-    }
 }
 
 // Rows that one panel takes in one go wait for weights from memory.
@@ -268,7 +287,6 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
 constexpr int64_t AHEAD = 16;         // steps: what few rows call from memory before it is wanted
 constexpr int64_t STEPS_AT_ONCE = 8;  // of many rows: a block of a panel, and of two tiles' rows, fit the first-level cache
 constexpr int64_t MOST_MANY = 512;    // rows at a time
-constexpr int64_t LEAST_OWN = 160, MOST_OWN = 256;  // rows of a thread
 constexpr int64_t FEW_ROWS = 64;      // up to which weights take longer from memory than products
 
 // Steps of a panel, whose sums [32][32] begin at zero or where they were left.
@@ -458,8 +476,6 @@ void multiply_by_panels(const Product& p) {
     }
 }
 
-// So many rows that each thread has enough of its own: they and their results stay in its second-level cache, which takes
-// longer to get them from another core than all weights once more from memory.
 void multiply_by_rows(const Product& p, int64_t size) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
     in_parallel(ceil_div(p.num_rows, size), [&](Pieces& pieces) {
@@ -478,9 +494,8 @@ void multiply_by_rows(const Product& p, int64_t size) {
 }
 
 void multiply_many(const Product& p) {
-    int64_t turns = ceil_div(p.num_rows, num_threads() * MOST_OWN), size = ceil_div(p.num_rows, num_threads() * turns);
-    if (size < LEAST_OWN) multiply_by_panels(p);
-    else multiply_by_rows(p, ceil_div(size, 2 * TILE) * 2 * TILE);
+    if (int64_t size = own_rows(p.num_rows)) multiply_by_rows(p, size);
+    else multiply_by_panels(p);
 }
 
 void multiply_with_tiles(const Product& p) {
