@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 SMALLEST_CHUNK = 32
-WEIGHT_OF_LAST = 0.15
+WEIGHT_OF_LAST = 0.3
 
-SHARE_OF_PROMPTS = 0.7
+SHARE_OF_PROMPTS = 0.75
 """Of the time that a step takes without prompts. Streams then keep three fifths of their speed, and prompts get two
 fifths of the device, however fast either is. What a step costs for having prompts at all, as to go through the keys of
 thousands of tokens for a few queries, counts as theirs."""
