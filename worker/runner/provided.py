@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import threading
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -55,7 +56,9 @@ class Provided:
 
     def _provide(self, end: int) -> None:
         if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            # a sandbox may refuse it; then this thread is as any other
+            with suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         while self._num_provided < end:
             until = min(max(self._num_provided, self._num_used) + self._at_once, end)
             are_provided = all(self._populate(area.data_ptr(), until) for area in self._pages.flatten(0, 1))

@@ -4,7 +4,8 @@
 // A matrix lies in panels of 32 of its rows (columns of the result), one after the other, and within a panel by k: what a
 // processor reads in one go is one piece of memory, and each thread reads some neighbouring panels from the first byte to
 // the last. With few rows of x that is all that takes time, and what comes next is called from memory before it is wanted;
-// with many rows a block of a panel stays in the first-level cache while they pass.
+// with many rows a block of a panel stays in the first-level cache while they pass, and with still more each thread has some
+// of them for itself.
 //
 // A panel of a gated matrix, [gate and up][n / 2][k], has 16 rows of gate and the 16 of up that belong to them.
 //
