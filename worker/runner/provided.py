@@ -28,12 +28,13 @@ class Provided:
     """
 
     def __init__(self, pages: Tensor) -> None:
-        self._pages = pages
+        self._pages, self._num_blocks = pages, pages.shape[2]
+        # the thread has no business with torch: a process that ends meanwhile would be aborted in its C++
+        self._areas = [area.data_ptr() for area in pages.flatten(0, 1)]
         self._block_bytes = pages.stride(2) * pages.itemsize
-        areas = pages.shape[0] * pages.shape[1]
-        self._lead = -(-LEAD_BYTES // (areas * self._block_bytes))
+        self._lead = -(-LEAD_BYTES // (len(self._areas) * self._block_bytes))
         self._at_once = max(BYTES_AT_ONCE // self._block_bytes, 1)
-        self._num_used, self._num_provided = 0, 0 if sys.platform == "linux" else pages.shape[2]
+        self._num_used, self._num_provided = 0, 0 if sys.platform == "linux" else self._num_blocks
         self._thread: threading.Thread | None = None
         self._follow()
 
@@ -49,7 +50,7 @@ class Provided:
             self._thread.join()
 
     def _follow(self) -> None:
-        wanted = min(self._num_used + self._lead, self._pages.shape[2])
+        wanted = min(self._num_used + self._lead, self._num_blocks)
         if self._num_provided < wanted and not (self._thread is not None and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._provide, args=(wanted,), name="pages", daemon=True)
             self._thread.start()
@@ -61,9 +62,9 @@ class Provided:
                 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         while self._num_provided < end:
             until = min(max(self._num_provided, self._num_used) + self._at_once, end)
-            are_provided = all(self._populate(area.data_ptr(), until) for area in self._pages.flatten(0, 1))
+            are_provided = all(self._populate(area, until) for area in self._areas)
             # what is refused comes with the first write, as ever
-            self._num_provided = until if are_provided else self._pages.shape[2]
+            self._num_provided = until if are_provided else self._num_blocks
 
     def _populate(self, area: int, until: int) -> bool:
         first, end = (area + block * self._block_bytes for block in (self._num_provided, until))

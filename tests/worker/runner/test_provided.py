@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,17 @@ def test_a_system_that_refuses_is_not_asked_again(pages, monkeypatch):
     first = ahead._thread
     ahead.use(np.array([40], np.int32))
     assert ahead._thread is first and num_resident(before) < 1
+
+
+def test_a_process_may_end_meanwhile():
+    text = """
+import torch
+from worker.model.untouched import untouched_zeros
+from worker.runner import provided
+provided.BYTES_AT_ONCE = 1
+ahead = provided.Provided(untouched_zeros((100, 2, 2048, 1 << 12), torch.bfloat16))
+print(ahead._thread.is_alive())
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n"
+    assert done.returncode == 0, done.stderr
