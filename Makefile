@@ -10,20 +10,20 @@ up: .venv/stamp-serve
 	@exec $(BIN)/inferfleet up $(ARGS)
 
 # fleets whose leases and timers are under test have the machine for themselves; the rest shares its cores
-FLEETS := tests/conformance tests/faults tests/browser
+FLEETS := tests/faults tests/browser $(addprefix tests/conformance/test_,first_hour.py footprint.py readme.py)
 
 test: .venv/stamp-test .venv/stamp-clients
 	@ops/test_packages.sh
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
 else
-	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%) --ignore=tests/triton
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%) --ignore=tests/triton
 	$(BIN)/python -m pytest -m "not soak" $(FLEETS)
 endif
 
 # GPU kernels on a CPU: what they compute in Triton's interpreter, then what its compiler makes of them
 test-triton: .venv/stamp-triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton --ignore=tests/triton/ahead $(ARGS)
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton --ignore=tests/triton/ahead $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/triton/ahead
 
 lint: .venv/stamp-test

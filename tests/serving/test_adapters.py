@@ -169,7 +169,7 @@ async def test_loading_and_unloading_under_load_loses_nothing(served: Served, cl
     tasks = [asyncio.create_task(stream.run(client)) for stream in early]
     await until(lambda: all(len(stream.ids) >= 10 for stream in early))
     await asyncio.gather(*[load(client, served, name) for name in ("sql", "late")])
-    assert all(stream.is_in_the_middle for stream in early), "there was load"
+    assert sum(stream.is_in_the_middle for stream in early) >= 3, "there was load"
     later = [Stream(name, number) for number in range(2) for name in ("sql", "late")]
     tasks += [asyncio.create_task(stream.run(client)) for stream in later]
     await until(lambda: sum(len(stream.ids) >= 10 for stream in later) >= 2)

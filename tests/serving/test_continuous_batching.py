@@ -29,13 +29,13 @@ LANGUAGES = ("en", "ja", "zh", "vi")
 PREFIX = "You are a careful assistant. You answer shortly and you count slowly. " * 4
 SMALL = {
     "DTYPE": "float64",
-    "INFERFLEET_KV_TOKENS": "1280",
-    "MAX_TOTAL_TOKENS": "768",
+    "INFERFLEET_KV_TOKENS": "1024",
+    "MAX_TOTAL_TOKENS": "640",
     "MAX_BATCH_PREFILL_TOKENS": "64",
 }
 ALONE = {"DTYPE": "float64", "PREFIX_CACHING": "false"}
-NUM_REQUESTS, NUM_CANCELLED = 64, 8
-NUM_SHORT_TOKENS, NUM_LONG_TOKENS = 24, 100
+NUM_REQUESTS, NUM_CANCELLED, NUM_CANCELLED_TOKENS = 64, 8, 400
+NUM_SHORT_TOKENS, NUM_LONG_TOKENS = 24, 60
 NUM_SHORT_ANSWERS_FIRST = 14
 PENALTY = 1.2
 MAX_DELAY_S = 0.3
@@ -83,7 +83,7 @@ def of_each_language(kind: str, count: int, system: str = "") -> list[Ask]:
     found = []
     for language in LANGUAGES:
         prompts = [chat(row.prompt, system) for row in examinations() if row.language == language]
-        found += judged(kind, prompts[:5], NUM_SHORT_TOKENS)[:count]
+        found += judged(kind, prompts[:3], NUM_SHORT_TOKENS)[:count]
     return found
 
 
@@ -99,7 +99,7 @@ def compared_requests() -> list[Ask]:
     """28 greedy requests, in four languages, whose answers transformers knows."""
     bare = of_each_language("greedy", 2)
     long_prompts = [chat(row.prompt) for row in long_streams()[:6]]
-    penalised = [chat(row.prompt) for row in examinations()[:16]]
+    penalised = [chat(row.prompt) for row in examinations()[:8]]
     return [
         *bare,
         *of_each_language("greedy", 2, PREFIX),
@@ -164,7 +164,7 @@ class Crowd:
         delay_s = self.generator.random() * MAX_DELAY_S
         await self.expects_short.wait()
         await asyncio.sleep(delay_s)
-        job = await submit(self.client, index, 600)
+        job = await submit(self.client, index, NUM_CANCELLED_TOKENS)
         while job["num_tokens"] < 10 + 8 * index:
             assert job["status"] in ("queued", "in_progress")
             await asyncio.sleep(0.02)
@@ -266,7 +266,7 @@ def test_the_run_was_what_it_claims(runs: Runs) -> None:
     assert len(runs.cancelled) >= 5
     for job in runs.cancelled:
         assert job["status"] == "cancelled"
-        assert 2 <= job["num_tokens"] < 600
+        assert 2 <= job["num_tokens"] < NUM_CANCELLED_TOKENS
     texts = [answer["generated_text"] for answer in runs.mixed]
     assert sum(any(ord(character) > 0x3000 for character in text) for text in texts) >= 16
     alone = runs.stats_alone
