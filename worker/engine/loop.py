@@ -183,6 +183,8 @@ class EngineLoop:
             return None
         budget = self.pacer.budget(self.scheduler.num_decoding, has_seniors=self.scheduler.has_seniors)
         launch = self.scheduler.schedule(budget)
+        if launch is None and not budget:
+            launch = self.scheduler.schedule(self.pacer.max_tokens)
         if launch is None and not self._pending and self.scheduler.has_requests:
             raise EngineStalled("requests wait and no step can be launched")
         return launch

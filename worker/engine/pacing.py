@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 SMALLEST_CHUNK = 32
+"""Others are multiples of it: queries and keys then fill the blocks that attention and products work by."""
 WEIGHT_OF_LAST = 0.3
+STEPS_UNTIL_LOOK = 16
+"""Steps with prompts after which one goes without: streams grow meanwhile, and what their own tokens take would count
+as a cost of prompts."""
 
-SHARE_OF_PROMPTS = 0.75
+SHARE_OF_PROMPTS = 0.7
 """Of the time that a step takes without prompts. Streams then keep three fifths of their speed, and prompts get two
 fifths of the device, however fast either is. What a step costs for having prompts at all, as to go through the keys of
 thousands of tokens for a few queries, counts as theirs."""
@@ -24,6 +28,7 @@ class PrefillPacer:
         self.max_tokens, self.limit_s = max_tokens, limit_s
         self._seconds_per_token = 0.0
         self._decode_s: dict[int, float] = {}
+        self._num_mixed = 0
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
         """For a step beside so many requests that decode, some of which began before the next prompt came or not."""
@@ -32,11 +37,15 @@ class PrefillPacer:
         decode_s = self._seconds_of(num_decodes)
         seconds = self.limit_s - decode_s
         if decode_s and has_seniors:
+            if self._num_mixed >= STEPS_UNTIL_LOOK:
+                return 0
             seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
-        return min(self.max_tokens, max(SMALLEST_CHUNK, int(seconds / self._seconds_per_token)))
+        num_chunks = max(round(seconds / self._seconds_per_token / SMALLEST_CHUNK), 1)
+        return min(self.max_tokens, num_chunks * SMALLEST_CHUNK)
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""
+        self._num_mixed = self._num_mixed + 1 if num_prompt_tokens else 0
         if num_prompt_tokens == 0:
             size = num_decodes.bit_length()
             self._decode_s[size] = _moved(self._decode_s.get(size, 0.0), seconds)

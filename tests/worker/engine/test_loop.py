@@ -463,7 +463,7 @@ def test_the_time_of_prompts_reaches_the_pacer() -> None:
     assert [step.stats["step_ms"] for step in harness.steps] == [1000.0]
     harness.submit(submit("b", [11] * 500))
     harness.run_pass()
-    assert harness.scheduler.stats.prefill_tokens == 500 + 100
+    assert harness.scheduler.stats.prefill_tokens == 500 + 96
     harness.run_until_idle()
     harness.check_outcomes()
 
@@ -489,7 +489,7 @@ def test_an_encoder_pass_longer_than_the_paced_budget_runs_whole_beside_those_wh
     harness = slow_harness(encoder_limits(max_batch_prefill_tokens=512, max_total_tokens=600, num_blocks=400))
     harness.submit(submit("a", [10] * 500, ignore_eos=True, max_new_tokens=40))
     harness.run_pass()
-    assert harness.loop.pacer.budget(1, has_seniors=False) == 100
+    assert harness.loop.pacer.budget(1, has_seniors=False) == 96
     for name in "bc":
         harness.submit(submit(name, [11] * 500))
     harness.run_pass()
@@ -498,4 +498,15 @@ def test_an_encoder_pass_longer_than_the_paced_budget_runs_whole_beside_those_wh
     assert [run.request_id for run in harness.steps[-1].runs] == ["a", "b", "c"]
     assert harness.scheduler.stats.encoder_tokens == harness.scheduler.stats.prefill_tokens == 1500
     harness.run_until_idle()
+    harness.check_outcomes()
+
+
+def test_a_step_without_prompts_gives_way_to_them_where_there_would_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(limits(max_batch_prefill_tokens=64, max_total_tokens=600, num_blocks=400))
+    budgets: list[int] = []
+    monkeypatch.setattr(harness.loop.pacer, "budget", lambda *_, **__: budgets.append(0) or 0)
+    for name in "ab":
+        harness.submit(submit(name, [10] * 100, ignore_eos=True, max_new_tokens=4))
+    harness.run_until_idle()
+    assert len(budgets) > 5
     harness.check_outcomes()
