@@ -9,7 +9,8 @@ export PYTHONUNBUFFERED := 1
 up: .venv/stamp-serve
 	@exec $(BIN)/inferfleet up $(ARGS)
 
-# fleets whose leases and timers are under test have the machine for themselves; the rest shares its cores
+# fleets whose leases and timers are under test have the machine for themselves; the rest shares its cores,
+# where threads that wait must not take what the other tests compute with
 FLEETS := tests/faults tests/browser $(addprefix tests/conformance/test_,first_hour.py footprint.py readme.py)
 
 test: .venv/stamp-test .venv/stamp-clients

@@ -184,6 +184,7 @@ class EngineLoop:
         budget = self.pacer.budget(self.scheduler.num_decoding, has_seniors=self.scheduler.has_seniors)
         launch = self.scheduler.schedule(budget)
         if launch is None and not budget:
+            # nobody decodes after all, so nobody waits for prompts
             launch = self.scheduler.schedule(self.pacer.max_tokens)
         if launch is None and not self._pending and self.scheduler.has_requests:
             raise EngineStalled("requests wait and no step can be launched")

@@ -31,7 +31,8 @@ class PrefillPacer:
         self._num_mixed = 0
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
-        """For a step beside so many requests that decode, some of which began before the next prompt came or not."""
+        """For a step beside so many requests that decode, some of which began before the next prompt came or not: the
+        nearest multiple of SMALLEST_CHUNK, or 0 where a step without prompts is due."""
         if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)

@@ -28,8 +28,9 @@ class Provided:
     """
 
     def __init__(self, pages: Tensor) -> None:
-        self._pages, self._num_blocks = pages, pages.shape[2]
-        # the thread has no business with torch: a process that ends meanwhile would be aborted in its C++
+        # the thread has no business with torch, in whose C++ a process that ends meanwhile would be aborted: it goes by
+        # addresses, of pages that are kept as long
+        self._kept, self._num_blocks = pages, pages.shape[2]
         self._areas = [area.data_ptr() for area in pages.flatten(0, 1)]
         self._block_bytes = pages.stride(2) * pages.itemsize
         self._lead = -(-LEAD_BYTES // (len(self._areas) * self._block_bytes))
