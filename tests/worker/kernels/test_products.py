@@ -63,6 +63,16 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_company(library, dtype):
         assert torch.equal(packed(x[start : start + count]), everyone[start : start + count])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_wide_rows_which_no_cache_holds_are_the_same_to_the_last_bit_too(library, dtype):
+    packed, x = PackedLinear(library, dense((290, 4100), dtype)), random(330, 4100, dtype=dtype, seed=3)
+    everyone = packed(x)
+    assert len(everyone.unique(dim=0)) == len(x), "rows are to differ"
+    for start, count in ((0, 1), (150, 20), (329, 1)):
+        assert torch.equal(packed(x[start : start + count]), everyone[start : start + count])
+    assert not torch.equal(packed(x[150:170]), everyone[151:171])
+
+
 def test_what_is_no_number_stays_in_its_row(library):
     packed = PackedLinear(library, dense((64, 96), torch.bfloat16))
     x = random(40, 96, dtype=torch.bfloat16)

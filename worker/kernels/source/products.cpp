@@ -453,6 +453,11 @@ struct Block {
     }
 };
 
+// Whether rows of x stay in the second-level cache while they pass a panel after the other.
+bool stays(const Product& p, int64_t num_rows) {
+    return num_rows * ceil_div(p.k, STEP) * STEP * (int64_t)sizeof(bf16) <= BLOCK_BYTES;
+}
+
 void multiply_by_panels(const Product& p) {
     int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
     bf16* x = (bf16*)scratch<RowsInTiles>(ceil_div(std::min(MOST_MANY, p.num_rows), TILE) * tile_rows * sizeof(bf16));
@@ -461,14 +466,14 @@ void multiply_by_panels(const Product& p) {
         for_each_in_parallel(ceil_div(count, TILE), [&](int64_t tile) {
             lay_out_rows(p, begin + tile * TILE, std::min(TILE, count - tile * TILE), num_steps, x + tile * tile_rows);
         });
-        bool stays = count * num_steps * STEP * (int64_t)sizeof(bf16) <= BLOCK_BYTES;
+        bool is_kept = stays(p, count);
         for_pieces(p.num_panels(), 1, [&](auto&& for_each) {
             // what lies behind the last row of a tile comes to nothing but sums that nobody reads
             configure(TILE, TILE);
             float* sums = (float*)scratch<Sums>(MOST_PANELS * whole * PANEL * sizeof(float));
             Block block{p, x, num_steps, begin, count, sums};
             for_each([&](int64_t first, int64_t end, int64_t next) {
-                if (!stays) return block.multiply(first, end, next);
+                if (!is_kept) return block.multiply(first, end, next);
                 for (int64_t panel = first; panel < end; ++panel)
                     block.multiply(panel, panel + 1, panel + 1 < end ? panel + 1 : next);
             });
@@ -478,17 +483,18 @@ void multiply_by_panels(const Product& p) {
 }
 
 void multiply_by_rows(const Product& p, int64_t size) {
-    int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP;
+    int64_t num_steps = ceil_div(p.k, STEP), tile_rows = num_steps * TILE * STEP, at_once = stays(p, size) ? 1 : MOST_PANELS;
     in_parallel(ceil_div(p.num_rows, size), [&](Pieces& pieces) {
         bf16* x = (bf16*)scratch<RowsInTiles>(size / TILE * tile_rows * sizeof(bf16));
-        float* sums = (float*)scratch<Sums>(size * PANEL * sizeof(float));
+        float* sums = (float*)scratch<Sums>(at_once * size * PANEL * sizeof(float));
         configure(TILE, TILE);
         for (int64_t piece; pieces.next(piece);) {
             int64_t begin = piece * size, count = std::min(size, p.num_rows - begin);
             for (int64_t row = 0; row < count; row += TILE)
                 lay_out_rows(p, begin + row, std::min(TILE, count - row), num_steps, x + row / TILE * tile_rows);
             Block block{p, x, num_steps, begin, count, sums};
-            for (int64_t panel = 0; panel < p.num_panels(); ++panel) block.multiply(panel, panel + 1, panel + 1);
+            for (int64_t first = 0, end; first < p.num_panels(); first = end)
+                block.multiply(first, end = std::min(first + at_once, p.num_panels()), end);
         }
         _tile_release();
     });
