@@ -33,6 +33,14 @@ int64_t panel_elements(int64_t k) {
     return sizeof(T) == 4 ? k * PANEL : ceil_div(k, STEP) * STEP_ELEMENTS;
 }
 
+// Of an element of a panel.
+int64_t place_of(const float*, int64_t column, int64_t at) { return at * PANEL + column; }
+
+int64_t place_of(const bf16*, int64_t column, int64_t at) {
+    int64_t step = at / STEP, within = at % STEP;
+    return step * STEP_ELEMENTS + column / TILE * TILE * STEP + within / 2 * STEP + column % TILE * 2 + within % 2;
+}
+
 // Purposes of scratch memory.
 struct RowsInTiles {};
 struct Sums {};
@@ -189,16 +197,18 @@ template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE);
     Register own[ROWS][PARTS * PANELS] = {};
-    int64_t size = panel_elements<bf16>(k), at = 0;
-    for (; at + 1 < k; at += 2, packed += 2 * TILE) {
-        if (at % STEP == 0) {
-            coming.call_some();
-            if (at) packed += TILE * STEP;
-        }
-        add_pair<ROWS, PANELS>(x, at, 4, packed, size, own);
+    int64_t size = panel_elements<bf16>(k);
+    for (int64_t at = 0; at + 1 < k; at += 2) {
+        if (at % STEP == 0) coming.call_some();
+        add_pair<ROWS, PANELS>(x, at, 4, packed + place_of(packed, 0, at), size, own);
     }
-    if (at < k) add_pair<ROWS, PANELS>(x, at, 2, packed + (at && at % STEP == 0) * TILE * STEP, size, own);
     memcpy(sums, own, sizeof own);
+    if (k % 2 == 0) return;
+    // once more from memory: what is used behind a loop as well the compiler keeps there within it
+    Register last[ROWS][PARTS * PANELS];
+    memcpy(last, sums, sizeof last);
+    add_pair<ROWS, PANELS>(x, k - 1, 2, packed + place_of(packed, 0, k - 1), size, last);
+    memcpy(sums, last, sizeof last);
 }
 
 template <class T, int PANELS, int ROWS>
@@ -511,13 +521,6 @@ void multiply_with_tiles(const Product& p) {
 }
 
 #endif
-
-int64_t place_of(const float*, int64_t column, int64_t at) { return at * PANEL + column; }
-
-int64_t place_of(const bf16*, int64_t column, int64_t at) {
-    int64_t step = at / STEP, within = at % STEP;
-    return step * STEP_ELEMENTS + column / TILE * TILE * STEP + within / 2 * STEP + column % TILE * 2 + within % 2;
-}
 
 // Where there are whole rows for 16 columns they are turned in blocks of 16 x 16 units of 32 bits; what is left is the
 // first element of k that is not there yet.
