@@ -646,7 +646,7 @@ struct Scratch {
 //
 // Turns are to take equally long: where tiles and softmax take longer than two tokens' values that are laid out, they are
 // several. Lines that come in while nothing else waits for memory cost nothing; all others are added to what a block takes.
-constexpr int64_t TURNS_OF_KEYS = 2, TURNS_OF_ROW = 12, TURNS_OF_VALUES = 8;
+constexpr int64_t TURNS_OF_KEYS = 2, TURNS_OF_BLOCK = 8, TURNS_OF_ROW = 12, TURNS_OF_VALUES = 8;
 
 class Coming {
     const char *keys, *values;
@@ -689,8 +689,10 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
     for (int64_t key = places.count; key < end; ++key) rows[key] = own.zeros;
 }
 
-// Which way a tile of rows goes.
-enum Way { STRAIGHT, IN_PLACE, TURNED };
+// Which way tiles of rows go; ALONE is straight on where there is one tile, which what comes next must not hold up.
+enum Way { STRAIGHT, ALONE, IN_PLACE, TURNED };
+
+bool calls_between(Way way) { return way == ALONE || way == IN_PLACE; }
 
 INLINE void turn(uint32_t* block) {
     alignas(64) uint32_t turned[UNITS];
@@ -702,15 +704,17 @@ INLINE void turn(uint32_t* block) {
 
 // Keys [groups of 16][head / 16 units][16 units][16 keys]; turned they are as they were, one after the other.
 template <class E>
-void lay_out_keys(const typename E::Element* const* rows, int64_t num_groups, Way way, Scratch<E>& own) {
+void lay_out_keys(const typename E::Element* const* rows, int64_t num_groups, Coming& coming, Way way, Scratch<E>& own) {
     if (way == TURNED) {
         for (int64_t key = 0; key < num_groups * LANES; ++key)
             memcpy(own.keys + key * own.num_units, rows[key], own.num_units * sizeof(uint32_t));
         return;
     }
     for (int64_t group = 0; group < num_groups; ++group)
-        for (int64_t block = 0; block < own.num_units / TILE; ++block)
+        for (int64_t block = 0; block < own.num_units / TILE; ++block) {
+            if (way == ALONE) coming.call_some(TURNS_OF_BLOCK);
             transpose((const uint32_t* const*)rows + group * LANES, block * TILE, own.keys + (block * GROUPS + group) * UNITS);
+        }
 }
 
 // Lay out a block's keys and values of one head, `offset` bytes behind the first one's.
@@ -720,13 +724,13 @@ void lay_out(const Call& call, const Places& places, int64_t offset, Coming& com
     int64_t num_groups = ceil_div(places.count, LANES), end = ceil_div(places.count, LANES * E::PER_UNIT) * LANES * E::PER_UNIT;
     if (way != IN_PLACE) {
         gather(call, call.keys + offset, places, end, own, rows);
-        lay_out_keys(rows, num_groups, way, own);
+        lay_out_keys(rows, num_groups, coming, way, own);
     }
     gather(call, call.values + offset, places, end, own, rows);
     int64_t num_columns = own.columns / LANES;
     constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
     for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {
-        if (way == IN_PLACE) coming.call_some();
+        if (calls_between(way)) coming.call_some();
         if (unit >= end / E::PER_UNIT) continue;
         uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
         store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
@@ -1003,7 +1007,7 @@ KeysInPlace find_keys(const Call& call, const Places& places, int64_t offset, Wa
     KeysInPlace found;
     found.stride = way == TURNED ? own.num_units * (int64_t)sizeof(uint32_t) : call.token_bytes;
     // pages hold whole groups
-    for (int64_t key = 0; way != STRAIGHT && key < places.count; key += LANES)
+    for (int64_t key = 0; (way == IN_PLACE || way == TURNED) && key < places.count; key += LANES)
         found.groups[key / LANES] = way == TURNED ? (const char*)own.keys + key * found.stride : call.keys + places.at[key] + offset;
     return found;
 }
@@ -1022,7 +1026,7 @@ void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int6
         }
 #endif
     auto between = [&](int64_t turns) {
-        if (way == IN_PLACE) coming.call_some(turns);
+        if (calls_between(way)) coming.call_some(turns);
     };
     float factors[TILE];
     int64_t row_stride = way == IN_PLACE ? LANES : BLOCK, group_stride = way == IN_PLACE ? UNITS : LANES;
@@ -1058,9 +1062,9 @@ template <class E>
 int64_t turns_of(Way way, int64_t num_rows, int64_t num_tiles, const Scratch<E>& own) {
     if (way == TURNED) return num_tiles * TILE / 2;
     if (way == STRAIGHT) return num_tiles;
-    int64_t units = BLOCK / E::PER_UNIT;
-    return units + own.num_units / TILE * GROUPS * TURNS_OF_KEYS + 2 * num_rows * TURNS_OF_ROW +
-           own.columns / LANES * units / TILE * TURNS_OF_VALUES;
+    int64_t units = BLOCK / E::PER_UNIT, blocks = own.num_units / TILE * GROUPS;
+    int64_t both = units + blocks * (way == ALONE ? TURNS_OF_BLOCK : TURNS_OF_KEYS) + 2 * num_rows * TURNS_OF_ROW;
+    return way == ALONE ? both : both + own.columns / LANES * units / TILE * TURNS_OF_VALUES;
 }
 
 template <class E>
@@ -1068,7 +1072,7 @@ Way way_of(const Call& call, int64_t num_tiles) {
     const Layer& layer = call.layer;
     if (E::TURNS && num_tiles > 1 && is_plain(layer)) return TURNED;
     bool lies_well = layer.page_kind == E::KIND && layer.head_dim % (TILE * E::PER_UNIT) == 0 && call.batch.page_size % TILE == 0;
-    return E::TURNS && num_tiles == 1 && lies_well ? IN_PLACE : STRAIGHT;
+    return num_tiles > 1 ? STRAIGHT : E::TURNS && lies_well ? IN_PLACE : ALONE;
 }
 
 void keep(const State& sums, int64_t num_rows, int64_t columns, const Partial& to, int64_t kv_head) {
@@ -1091,7 +1095,7 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
     int64_t num_turns = turns_of(way, num_rows, num_tiles, own), size = item.num_heads * call.head_bytes;
     for (int64_t head = 0; head < item.num_heads; ++head) {
         load_queries<Q, E>(call, item, item.head + head, head * head_rows, num_tiles, own);
-        if (way != STRAIGHT) turn_queries(own.queries + head * head_rows * own.num_units, num_tiles * own.num_units);
+        if (way == IN_PLACE || way == TURNED) turn_queries(own.queries + head * head_rows * own.num_units, num_tiles * own.num_units);
     }
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
