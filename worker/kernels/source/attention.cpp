@@ -219,10 +219,15 @@ INLINE void store_token_units(const Element* const* rows, int64_t num_columns, u
 }
 
 #ifdef __AVX512BF16__
+// Orders in which the lower or the upper halves of two rows' 32 elements take turns.
+INLINE __m512i lower_halves() {
+    return (__m512i)(uints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x200000u);
+}
+
+INLINE __m512i upper_halves() { return _mm512_add_epi16(lower_halves(), _mm512_set1_epi16(16)); }
+
 INLINE void store_token_units(const bf16* const* rows, int64_t num_columns, uint32_t* to) {
-    // the lower halves of both rows' 32 elements in turn, then the upper ones
-    const __m512i lower = (__m512i)(uints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x200000u);
-    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    const __m512i lower = lower_halves(), upper = upper_halves();
     const bf16 *even = rows[0], *odd = rows[1];
     int64_t column = 0;
     for (; column + 2 <= num_columns; column += 2, even += 2 * LANES, odd += 2 * LANES, to += 2 * UNITS) {
@@ -231,6 +236,24 @@ INLINE void store_token_units(const bf16* const* rows, int64_t num_columns, uint
         _mm512_storeu_si512(to + UNITS, _mm512_permutex2var_epi16(first, upper, second));
     }
     if (column < num_columns) store_units(to, unit_of(rows, column * LANES));
+}
+#endif
+
+// The same of a register's elements from `first` on. Where both halves of 32 elements are wanted, they take one load each.
+template <bool HAS_BOTH>
+INLINE Units units_of(const float* const* rows, int64_t first) {
+    Units found;
+    memcpy(&found, rows[0] + first, sizeof found);
+    return found;
+}
+
+#ifdef __AVX512BF16__
+template <bool HAS_BOTH>
+INLINE Units units_of(const bf16* const* rows, int64_t first) {
+    if (!HAS_BOTH) return unit_of(rows, first);
+    int64_t begin = first / (2 * LANES) * (2 * LANES);
+    __m512i order = begin == first ? lower_halves() : upper_halves();
+    return (Units)_mm512_permutex2var_epi16(_mm512_loadu_si512(rows[0] + begin), order, _mm512_loadu_si512(rows[1] + begin));
 }
 #endif
 
@@ -280,6 +303,29 @@ INLINE void some_sums(const uint32_t* weights, const uint32_t* values, int64_t n
             store(results + row * columns + vector * LANES, sums[row][vector]);
 }
 
+// The same with values that lie in `tokens`, from element `first` on; `between` is called for each unit.
+template <class E, int ROWS, int VECTORS, class Between>
+INLINE void some_sums_in_place(const uint32_t* weights, const typename E::Element* const* tokens, int64_t first,
+                               int64_t num_units, const float* factors, float* results, int64_t columns,
+                               const Between& between) {
+    Register own[ROWS][VECTORS * LANES / WIDTH];
+    for (int row = 0; row < ROWS; ++row)
+        for (int column = 0; column < VECTORS * LANES; column += WIDTH) {
+            memcpy(&own[row][column / WIDTH], results + row * columns + column, sizeof own[row][0]);
+            own[row][column / WIDTH] *= factors[row];
+        }
+    for (int64_t unit = 0; unit < num_units; ++unit, tokens += E::PER_UNIT) {
+        between();
+        const uint32_t* left = weights + unit / TILE * UNITS + unit % TILE;
+        for (int column = 0; column < VECTORS * LANES; column += WIDTH) {
+            Units with = units_of<VECTORS % 2 == 0>(tokens, first + column);
+            for (int row = 0; row < ROWS; ++row)
+                own[row][column / WIDTH] = E::add(own[row][column / WIDTH], left[row * TILE], with);
+        }
+    }
+    for (int row = 0; row < ROWS; ++row) memcpy(results + row * columns, own[row], sizeof own[row]);
+}
+
 // Calls run<ROWS, VECTORS>(first row, first vector) for all of them.
 template <int ROWS, int VECTORS, class Run>
 INLINE void in_pieces(int64_t num_rows, int64_t num_vectors, const Run& run) {
@@ -317,6 +363,19 @@ struct WithVectors : E {
         in_pieces<ROWS_AT_ONCE, VECTORS_AT_ONCE>(num_rows, columns / LANES, [&](auto rows, auto vectors, int64_t row, int64_t at) {
             some_sums<E, rows.value, vectors.value>(weights + row * TILE, values + at * UNITS, num_units, factors + row,
                                                     sums + row * columns + at * LANES, columns);
+        });
+    }
+
+    // the same with values of `tokens`, each in its place
+    template <class Between>
+    static void weigh_in_place(const uint32_t* weights, const typename E::Element* const* tokens, int64_t num_keys,
+                               int64_t num_rows, const float* factors, float* sums, int64_t columns, const Between& between) {
+        int64_t num_units = ceil_div(num_keys, E::PER_UNIT);
+        in_pieces<ROWS_AT_ONCE, VECTORS_AT_ONCE>(num_rows, columns / LANES, [&](auto rows, auto vectors, int64_t row, int64_t at) {
+            bool is_first = row == 0 && at == 0;
+            some_sums_in_place<E, rows.value, vectors.value>(weights + row * TILE, tokens, at * LANES, num_units,
+                                                             factors + row, sums + row * columns + at * LANES, columns,
+                                                             [&] { if (is_first) between(); });
         });
     }
 
@@ -607,6 +666,7 @@ struct Scratch {
     float* scores;
     State state, total;
     std::vector<Row> rows;
+    const Element* tokens[BLOCK];  // values where they are
 
     Scratch(int64_t head_dim, int64_t most_rows) {
         num_units = ceil_div(ceil_div(head_dim, E::PER_UNIT), TILE) * TILE;
@@ -692,6 +752,11 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
 // Which way tiles of rows go; ALONE is straight on where there is one tile, which what comes next must not hold up.
 enum Way { STRAIGHT, ALONE, IN_PLACE, TURNED };
 
+template <class E>
+bool weighs_in_place(Way way) {
+    return way == ALONE && !E::TURNS;
+}
+
 bool calls_between(Way way) { return way == ALONE || way == IN_PLACE; }
 
 INLINE void turn(uint32_t* block) {
@@ -726,14 +791,15 @@ void lay_out(const Call& call, const Places& places, int64_t offset, Coming& com
         gather(call, call.keys + offset, places, end, own, rows);
         lay_out_keys(rows, num_groups, coming, way, own);
     }
-    gather(call, call.values + offset, places, end, own, rows);
+    gather(call, call.values + offset, places, end, own, own.tokens);
+    if (weighs_in_place<E>(way)) return;
     int64_t num_columns = own.columns / LANES;
     constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
     for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {
         if (calls_between(way)) coming.call_some();
         if (unit >= end / E::PER_UNIT) continue;
         uint32_t* to = own.values + unit / TILE * num_columns * UNITS + unit % TILE * TILE;
-        store_token_units(rows + unit * E::PER_UNIT, num_columns, to);
+        store_token_units(own.tokens + unit * E::PER_UNIT, num_columns, to);
     }
     for (int64_t block = 0; way == TURNED && block < ceil_div(end, TILE * E::PER_UNIT) * num_columns; ++block)
         turn(own.values + block * UNITS);
@@ -1036,6 +1102,10 @@ void run_tile(const Call& call, Way way, const Row* rows, int64_t num_rows, int6
     else E::score(queries, own.keys, own.num_units, num_rows, num_groups, own.scores);
     soften<E>(call.layer, rows, num_rows, first_key, num_groups, own.scores, row_stride, group_stride, own.weights, state,
               factors, [&] { between(TURNS_OF_ROW); });
+    if constexpr (!E::TURNS)
+        if (way == ALONE)
+            return E::weigh_in_place(own.weights, own.tokens, num_keys, num_rows, factors, state.sums, own.columns,
+                                     [&] { between(1); });
     E::weigh(own.weights, own.values, num_keys, num_rows, factors, state.sums, own.columns,
              [&] { between(TURNS_OF_VALUES); });
 }
@@ -1064,7 +1134,7 @@ int64_t turns_of(Way way, int64_t num_rows, int64_t num_tiles, const Scratch<E>&
     if (way == STRAIGHT) return num_tiles;
     int64_t units = BLOCK / E::PER_UNIT, blocks = own.num_units / TILE * GROUPS;
     int64_t both = units + blocks * (way == ALONE ? TURNS_OF_BLOCK : TURNS_OF_KEYS) + 2 * num_rows * TURNS_OF_ROW;
-    return way == ALONE ? both : both + own.columns / LANES * units / TILE * TURNS_OF_VALUES;
+    return E::TURNS ? both + own.columns / LANES * units / TILE * TURNS_OF_VALUES : both;
 }
 
 template <class E>

@@ -114,12 +114,12 @@ void for_panels(int64_t num_panels, const Work& work) {
 
 constexpr int64_t LEAST_OWN = 160, MOST_OWN = 256;
 
-// Rows, whole pairs of tiles, that a thread multiplies with all panels, if there are so many that each has enough of its
+// Rows, a multiple of `unit`, that a thread multiplies with all panels, if there are so many that each has enough of its
 // own: they and their results stay in its second-level cache, which takes longer to get them from another core than all
 // weights once more from memory. Else 0.
-int64_t own_rows(int64_t num_rows) {
+int64_t own_rows(int64_t num_rows, int64_t unit) {
     int64_t turns = ceil_div(num_rows, num_threads() * MOST_OWN), size = turns ? ceil_div(num_rows, num_threads() * turns) : 0;
-    return size < LEAST_OWN ? 0 : ceil_div(size, 2 * TILE) * 2 * TILE;
+    return size < LEAST_OWN ? 0 : ceil_div(size, unit) * unit;
 }
 
 // float32, and bfloat16 without tiles: some rows of x at a time against a panel or two, sums in registers. Two panels take
@@ -255,7 +255,7 @@ void multiply_all_panels(const Product& p, int64_t begin, int64_t end, int64_t p
 
 template <class T, int PANELS>
 void multiply_with_vectors(const Product& p) {
-    if (int64_t size = own_rows(p.num_rows))
+    if (int64_t size = own_rows(p.num_rows, MOST_ROWS<PANELS>))
         return for_each_in_parallel(ceil_div(p.num_rows, size), [&](int64_t piece) {
             int64_t begin = piece * size, num_panels = p.num_panels();
             multiply_all_panels<T, PANELS>(p, begin, std::min(begin + size, p.num_rows), 0, num_panels, num_panels);
@@ -511,7 +511,7 @@ void multiply_by_rows(const Product& p, int64_t size) {
 }
 
 void multiply_many(const Product& p) {
-    if (int64_t size = own_rows(p.num_rows)) multiply_by_rows(p, size);
+    if (int64_t size = own_rows(p.num_rows, 2 * TILE)) multiply_by_rows(p, size);
     else multiply_by_panels(p);
 }
 
