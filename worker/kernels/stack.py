@@ -64,7 +64,8 @@ class NativeStack:
 
     def __init__(self, library: ctypes.CDLL, layers: Layers, attention: NativeAttention, activation: int) -> None:
         dtype = _products(layers.weights[0])[0].dtype
-        self._linears = [linear for weights in layers.weights for linear in _linears(weights)]
+        linears = [linear for weights in layers.weights for linear in _linears(weights)]
+        self._adapted = [each for each in linears if isinstance(each, AdaptedLinear)]
         self._turnings = sorted({turning for turning in layers.ropes if turning}, key=repr)
         made = [self._layer(layers, attention, dtype, number) for number in range(len(layers.weights))]
         self._layers = (_Layer * len(made))(*made)
@@ -89,7 +90,7 @@ class NativeStack:
 
     def is_ready(self, x: Tensor, pages: Tensor) -> bool:
         fits = x.dtype is self._dtype and pages.dtype is self._dtype and x.is_contiguous() and pages.is_contiguous()
-        return fits and not any(isinstance(each, AdaptedLinear) and each.is_changed for each in self._linears)
+        return fits and not any(each.is_changed for each in self._adapted)
 
     def __call__(self, x: Tensor, turns: dict[Any, Turns], pages: Tensor, slots: Tensor, meta: NativeMeta) -> Tensor:
         """`x` is taken: its memory becomes the result."""

@@ -31,11 +31,10 @@ from worker.parallel.group import Alone, Group
 
 @dataclass(slots=True)
 class Step:
-    """What all layers of a step share: angles by rope, pages of keys and of values by layer, places in them, and
-    attention's own."""
+    """What all layers of a step share: angles by rope, pages of all layers, places in them, and attention's own."""
 
     turns: dict[Rope, Turns]
-    pages: list[tuple[Tensor, ...]]
+    pages: Tensor
     slots: Tensor
     meta: Any
 
@@ -90,15 +89,16 @@ class Decoder:
         """Run one step and write its keys and values into `pages`.
 
         `tokens`, `positions` int64 [t]; `pages` [layers, 2, pages, page size, the rank's kv heads, page width];
-        `wanted` int64 [k] indices of the tokens whose logits are needed. Returns logits [k, the rank's part of the
-        vocabulary].
+        `wanted` int64 [k] indices of the tokens whose logits are needed, on a CPU ascending. Returns logits [k, the
+        rank's part of the vocabulary].
         """
         x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
         if self._stack is not None and self._stack.is_ready(x, pages):
             x = self._stack(x, step.turns, pages, step.slots, step.meta)
-        else:
-            for layer, weights in enumerate(self.weights.layers):
-                x = self.run_layer(x, weights, step, layer)
+            # all of them, most likely: to pick these takes as long as a layer of one token
+            return self._logits(x if len(wanted) == len(x) else x[wanted])
+        for layer, weights in enumerate(self.weights.layers):
+            x = self.run_layer(x, weights, step, layer)
         return self._logits(x[wanted])
 
     def begin(self, positions: Tensor, batch: AnyBatch, pages: Tensor) -> Step:
@@ -107,8 +107,7 @@ class Decoder:
             turning: rope.angles(positions, frequencies, self._wide, turning.amplitude)
             for turning, frequencies in self._frequencies.items()
         }
-        by_layer = [each.unbind() for each in pages.unbind()]
-        return Step(turns, by_layer, batch.slots, self.attention.prepare(batch, pages.shape[3]))
+        return Step(turns, pages, batch.slots, self.attention.prepare(batch, pages.shape[3]))
 
     def run_layer(self, x: Tensor, weights: LayerWeights, step: Step, layer: int) -> Tensor:
         """One layer alone: hidden states [t, hidden] before it to those behind it."""
@@ -188,7 +187,7 @@ class Decoder:
         turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
         if weights.qk_norm is not None:
             turned = self._normalise_qk(turned, weights.qk_norm)
-        turning, pages = self.spec.ropes[layer], step.pages[layer]
+        turning, pages = self.spec.ropes[layer], step.pages[layer].unbind()
         turns = None if turning is None else step.turns[turning]
         q = self.operations.turn_and_write(turned, v, num_heads, turns, pages, step.slots)
         attended = self.attention.attend(q, pages[0], pages[1], step.meta, self._shapes[layer])
