@@ -142,6 +142,9 @@ def _merge(parts: list[tuple[Ints, Sampled]], num_rows: int) -> Sampled:
 
 def _sample_here(logits: Tensor, task: _Task) -> Sampled:
     """For `logits` of the whole vocabulary."""
+    if task.parameters["is_plain"].all() and not task.parameters["num_top"].any():
+        most, picked, normalisers = (each.numpy() for each in task.summarise(logits))
+        return _sampled(picked, most, normalisers, normalisers, task)
     view, columns, _ = _choose(logits, task)
     sampled = _sampled(columns, view.values(columns), view.raw_normalisers, view.processed_normalisers, task)
     if task.parameters["num_top"].any():

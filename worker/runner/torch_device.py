@@ -72,6 +72,7 @@ class TorchDevice:
         self.rows = Rows(max_num_seqs, -(-max_total_tokens // block_size) + 1, self._vocabulary.mine)
         self._row_errors: dict[int, str] = {}
         self._step_slots = torch.zeros(0, dtype=torch.int64)
+        self._places: Places
         self._logits = torch.zeros((0, len(model.vocabulary)), dtype=model.dtype)
 
     @property
@@ -89,7 +90,8 @@ class TorchDevice:
         slots = self._slots(self.rows.block_tables, owners, positions)
         self._adapters.use(owners)
         batch = Batch(num_queries, starts, self._tables(self.rows.block_tables, rows, starts + num_queries), slots)
-        self._step_slots, wanted = slots, torch.from_numpy(Places(plan).tokens)
+        self._step_slots, self._places = slots, Places(plan)
+        wanted = torch.from_numpy(self._places.tokens)
         step = (torch.from_numpy(tokens), torch.from_numpy(positions), batch, self.pages, wanted)
         if isinstance(self._model, T5):
             self._logits = self._model.forward(*step, self._cross(rows, batch))
@@ -98,7 +100,8 @@ class TorchDevice:
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan) -> StepResult:
-        places = Places(plan)
+        places = self._places
+        assert places.plan is plan, "the step that ran last is the one to be sampled"
         output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
         before = places.drafts_before if places.has_drafts else ()
         summarise = self._model.operations.summarise
