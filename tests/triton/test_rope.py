@@ -10,7 +10,7 @@ from worker.attention.pages import page_width, write_pages
 from worker.kernels.triton import rope
 from worker.kernels.triton.operations import TritonOperations
 from worker.model.operations import Operations
-from worker.model.rope import angles, rotate
+from worker.model.rope import angles, both_ways, rotate
 
 TORCH, OURS = Operations(), TritonOperations()
 NUM_PAGES, PAGE_SIZE = 5, 16
@@ -21,7 +21,9 @@ SHAPES = [(6, 2, 64, 64), (3, 3, 24, 8), (1, 1, 128, 128), (5, 1, 80, 32), (18, 
 
 def turns_of(num_tokens: int, rotary: int, device: torch.device, dtype: torch.dtype = torch.float32):
     frequencies = 1.0 / 100.0 ** (torch.arange(0, rotary, 2) / rotary)
-    return tuple(each.to(device) for each in angles(torch.arange(3, 3 + num_tokens), frequencies, dtype, 1.25))
+    return tuple(
+        each.to(device) for each in angles(torch.arange(3, 3 + num_tokens), both_ways(frequencies), dtype, 1.25)
+    )
 
 
 def slots_of(num_tokens: int, device: torch.device) -> torch.Tensor:

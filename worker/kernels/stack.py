@@ -37,6 +37,7 @@ class _Layer(ctypes.Structure):
 class _Stack(ctypes.Structure):
     _fields_ = (
         ("layers", POINTER),
+        ("final_norm", _Norm),
         *(
             (name, INTEGER)
             for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "activation", "is_rms")
@@ -59,7 +60,7 @@ class _Step(ctypes.Structure):
 
 
 class NativeStack:
-    """x [t, hidden] before the first layer to what is behind the last one; bit for bit what the layers come to one by
+    """x [t, hidden] before the first layer to what is behind the final norm; bit for bit what the layers come to one by
     one. `is_ready` says whether a step can go this way. Raises RankLost as a group does."""
 
     def __init__(self, library: ctypes.CDLL, layers: Layers, attention: NativeAttention, activation: int) -> None:
@@ -73,7 +74,9 @@ class NativeStack:
         hidden, is_rms = _products(layers.weights[0])[0].num_in, layers.norm is Norm.RMS
         pointer = ctypes.addressof(self._layers)
         exchange = None if layers.exchange is None else layers.exchange.address
-        self._stack = _Stack(pointer, len(made), hidden, *sizes, activation, is_rms, layers.norm_eps, exchange)
+        self._stack = _Stack(
+            pointer, _norm(layers.final_norm), len(made), hidden, *sizes, activation, is_rms, layers.norm_eps, exchange
+        )
         arguments = [POINTER, POINTER]
         self._run: Callable[..., Any] = function_of(library, "run_layers", dtype, arguments, ctypes.c_bool)
         self._dtype, self._kept = dtype, layers
@@ -109,8 +112,10 @@ class NativeStack:
 
 
 def can_stack(layers: Layers) -> bool:
-    """Whether all layers are made of nothing but kernels of ours."""
-    return bool(layers.weights) and all(map(_is_plain, layers.weights))
+    """Whether all layers are made of nothing but kernels of ours, and so is what stands behind them."""
+    if not layers.weights or not all(map(_is_plain, layers.weights)):
+        return False
+    return layers.final_norm is None or _can_normalise(layers.final_norm, _products(layers.weights[0])[0].dtype)
 
 
 def _is_plain(weights: LayerWeights) -> bool:

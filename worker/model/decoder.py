@@ -64,7 +64,7 @@ class Decoder:
         self._activate = self.operations.activation(spec.activation, is_gated=spec.is_gated)
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._frequencies = {
-            turning: rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions)
+            turning: rope.both_ways(rope.inverse_frequencies(turning, spec.head_dim, max_length or spec.max_positions))
             for turning in set(filter(None, spec.ropes))
         }
         # the factor was rounded to the type of the weights when such models were trained
@@ -96,10 +96,10 @@ class Decoder:
         if self._stack is not None and self._stack.is_ready(x, pages):
             x = self._stack(x, step.turns, pages, step.slots, step.meta)
             # all of them, most likely: to pick these takes as long as a layer of one token
-            return self._logits(x if len(wanted) == len(x) else x[wanted])
+            return self._head(x if len(wanted) == len(x) else x[wanted])
         for layer, weights in enumerate(self.weights.layers):
             x = self.run_layer(x, weights, step, layer)
-        return self._logits(x[wanted])
+        return self._head(self._norm(x[wanted], self.weights.final_norm))
 
     def begin(self, positions: Tensor, batch: AnyBatch, pages: Tensor) -> Step:
         """What the layers of a step need besides its hidden states."""
@@ -125,9 +125,8 @@ class Decoder:
             x = x + F.embedding(positions + self.spec.position_offset, weights.positions)
         return self._norm(x, weights.embedding_norm)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _head(self, x: Tensor) -> Tensor:
         spec, weights = self.spec, self.weights
-        x = self._norm(x, weights.final_norm)
         if weights.project_out is not None:
             x = F.linear(x, weights.project_out)
         logits = weights.head(x)
@@ -209,7 +208,8 @@ class Decoder:
         if not can_add or spec.clip_qkv is not None or spec.qk_norm is QkNorm.FULL:
             return None
         sizes = self._num_heads, self.num_kv_heads, spec.head_dim
-        layers = Layers(self.weights.layers, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps, exchange)
+        own = self.weights.layers, self.weights.final_norm
+        layers = Layers(*own, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps, exchange)
         return self.operations.stack(layers, self.attention, self._activate)
 
     def _layer_shapes(self) -> list[LayerShape]:

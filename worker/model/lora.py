@@ -320,17 +320,18 @@ class LoraSlots:
     def use(self, slots: Slots, sent: Tensor | None = None) -> None:
         """Begin a step whose tokens use `slots` [t]; below zero is no adapter. `sent` [t] is their copy on a device on
         whose account nothing may wait: then no other numbers go there."""
+        if not (slots >= 0).any():
+            self.step = None
+            return
         distinct = np.unique(slots[slots >= 0]).tolist()
         rank = max(self._ranks, default=0)
         is_of_one = len(distinct) == 1 and bool((slots == distinct[0]).all())
         is_small = len(slots) * rank <= FEW_COLUMNS or len(self._ranks) * rank <= NARROW_SLOTS
-        if distinct and (is_small or sent is not None) and not is_of_one:
+        if (is_small or sent is not None) and not is_of_one:
             known = torch.from_numpy(slots) if sent is None else sent
             self.step = LoraStep({shape: self._others(known, shape) for shape in self._shapes})
-        elif distinct:
-            self.step = LoraStep(None, tuple((slot, _tokens_of(slot, slots)) for slot in distinct))
         else:
-            self.step = None
+            self.step = LoraStep(None, tuple((slot, _tokens_of(slot, slots)) for slot in distinct))
 
     def _others(self, slots: Tensor, shape: Shape) -> Tensor:
         num_targets, num_slots, rank = shape

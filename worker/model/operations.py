@@ -34,6 +34,7 @@ class Layers:
     add up through `exchange`. `ropes` and `shapes` of attention are by layer."""
 
     weights: list[LayerWeights]
+    final_norm: NormWeights | None
     ropes: tuple[Rope | None, ...]
     shapes: list[LayerShape]
     num_heads: int
@@ -50,8 +51,8 @@ class Stack(Protocol):
     def is_ready(self, x: Tensor, pages: Tensor) -> bool: ...
 
     def __call__(self, x: Tensor, turns: dict[Rope, Turns], pages: Tensor, slots: Tensor, meta: Any) -> Tensor:
-        """Hidden states [t, hidden] before the first layer, whose memory is taken, to those behind the last one;
-        `turns`, `pages`, `slots` and `meta` as layers get them."""
+        """Hidden states [t, hidden] before the first layer, whose memory is taken, to those behind the final
+        norm; `turns`, `pages`, `slots` and `meta` as layers get them."""
 
 
 class Operations:

@@ -73,12 +73,15 @@ def _blend(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:
     return share * frequencies + (1.0 - share) * frequencies / factor
 
 
-def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> tuple[Tensor, Tensor]:
-    """`amplitude` times cosine and sine for `positions` [t], each [t, 1, rotary dim] of `dtype`, computed in float32.
+def both_ways(frequencies: Tensor) -> Tensor:
+    """[2 n] of [n]: the first half is for angles turned the other way round, which is what `rotate` needs."""
+    return torch.cat((-frequencies, frequencies))
 
-    The first half is for angles turned the other way round, which is what `rotate` needs.
-    """
-    radians = positions.to(torch.float32)[:, None, None] * torch.cat((-frequencies, frequencies))
+
+def angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> tuple[Tensor, Tensor]:
+    """`amplitude` times cosine and sine for `positions` [t], each [t, 1, rotary dim] of `dtype`, computed in float32;
+    `frequencies` [rotary dim] are `both_ways`."""
+    radians = positions.to(torch.float32)[:, None, None] * frequencies
     cos, sin = radians.cos(), radians.sin()
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude

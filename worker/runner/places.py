@@ -84,6 +84,8 @@ class Places:
 
     def errors(self, sampled: Sampled) -> dict[int, str]:
         """By place of the row in the plan; none of rows with drafts, which may try without."""
+        if not sampled.errors:
+            return {}
         rows = np.flatnonzero(self.plan.samples)
         owners = {self._owners[place]: error for place, error in sampled.errors.items()}
         return {int(rows[owner]): error for owner, error in owners.items() if self.counts[owner] == 1}
@@ -96,6 +98,8 @@ class Places:
 
 def ascending(firsts: Ints, counts: Ints) -> Ints:
     """`firsts[i]` and the numbers behind it, `counts[i]` in all, for one i after the other."""
+    if (counts == 1).all():
+        return firsts.copy()
     ends = np.cumsum(counts)
     numbers: Ints = np.repeat(firsts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
     return numbers

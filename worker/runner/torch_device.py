@@ -111,7 +111,8 @@ class TorchDevice:
             self._clear_spoilt(places.tokens[places.that_spoil(sampled, num_ids)])
             sampled = chosen(sampled, places.that_count(num_ids))
         self.rows.remember(np.repeat(plan.rows[plan.samples], num_ids), sampled.ids)
-        errors |= {place: self._row_errors[row] for place, row in enumerate(plan.rows) if row in self._row_errors}
+        if self._row_errors:
+            errors |= {place: self._row_errors[row] for place, row in enumerate(plan.rows) if row in self._row_errors}
         return StepResult(
             ids=sampled.ids.astype(np.int32),
             logprobs=sampled.logprobs,

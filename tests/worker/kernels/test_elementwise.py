@@ -5,7 +5,7 @@ import torch
 
 from worker.kernels.elementwise import ACTIVATIONS, CpuOperations
 from worker.model.operations import Operations
-from worker.model.rope import angles
+from worker.model.rope import angles, both_ways
 from worker.model.spec import Activation, Norm
 from worker.model.weights import NormWeights
 
@@ -102,7 +102,7 @@ def test_queries_turn_and_keys_and_values_land_in_their_places(operations, dtype
     turns = None
     if rotary_dim:
         frequencies = 1.0 / 100.0 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
-        turns = angles(torch.arange(3, 3 + num_tokens), frequencies, torch.float32, 1.25)
+        turns = angles(torch.arange(3, 3 + num_tokens), both_ways(frequencies), torch.float32, 1.25)
     found, expected, other = [], [], []
     for each, way, places in ((found, operations, slots), (expected, TORCH, slots), (other, operations, slots.flip(0))):
         pages = tuple(torch.zeros(num_pages, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2))

@@ -15,7 +15,7 @@ from tests.support import tiny_models
 from tests.support.paged import load_decoder, paged_logits, relative_error
 from worker.model.config import stretch_rope
 from worker.model.families import read_spec
-from worker.model.rope import angles, inverse_frequencies, rotate
+from worker.model.rope import angles, both_ways, inverse_frequencies, rotate
 from worker.model.spec import Rope, Spec
 
 SIZES = dict(
@@ -223,7 +223,9 @@ def test_narrow_heads_turn_in_float32_also_far_out(rotary_dim):
     first, second = x.double()[..., :rotary_dim].chunk(2, -1)
     turned = (first * radians.cos() - second * radians.sin(), second * radians.cos() + first * radians.sin())
     expected = torch.cat((*turned, x[..., rotary_dim:].double()), -1)
-    assert torch.equal(rotate(x, *angles(positions, frequencies, torch.float32, 1.0)), expected.bfloat16())
-    assert not torch.equal(rotate(x, *angles(positions, frequencies, torch.bfloat16, 1.0)), expected.bfloat16())
-    got = rotate(x.double(), *angles(positions, frequencies, torch.float64, 2.0))[..., :rotary_dim]
+    assert torch.equal(rotate(x, *angles(positions, both_ways(frequencies), torch.float32, 1.0)), expected.bfloat16())
+    assert not torch.equal(
+        rotate(x, *angles(positions, both_ways(frequencies), torch.bfloat16, 1.0)), expected.bfloat16()
+    )
+    got = rotate(x.double(), *angles(positions, both_ways(frequencies), torch.float64, 2.0))[..., :rotary_dim]
     assert float((got - 2 * expected[..., :rotary_dim]).abs().max()) < 1e-6

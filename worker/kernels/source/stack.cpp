@@ -29,6 +29,7 @@ struct StackLayer {
 // All pages of layers[num_layers] are of the type of the weights.
 struct Stack {
     const StackLayer* layers;
+    NormWeights final_norm;  // null where there is none
     int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, activation, is_rms;
     double eps;
     Exchange* exchange;  // null on one rank
@@ -39,7 +40,7 @@ struct Angles {
     int64_t rotary_dim;
 };
 
-// x [num_tokens, hidden] becomes what is behind the last layer.
+// x [num_tokens, hidden] becomes what is behind the last layer and the final norm.
 struct StackStep {
     void* x;
     int64_t num_tokens;
@@ -135,6 +136,7 @@ bool run(const Stack& stack, const StackStep& step) {
             Kernels<T>::multiply(layer.down, own.inner, tokens, layer.down->k, NONE, own.sums, x);
         }
     }
+    if (stack.final_norm.weight) normalise<T>(stack, stack.final_norm, x, tokens, 1, hidden, hidden, nullptr, nullptr, x);
     return true;
 }
 
