@@ -752,11 +752,6 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
 // Which way tiles of rows go; ALONE is straight on where there is one tile, which what comes next must not hold up.
 enum Way { STRAIGHT, ALONE, IN_PLACE, TURNED };
 
-template <class E>
-bool weighs_in_place(Way way) {
-    return way == ALONE && !E::TURNS;
-}
-
 bool calls_between(Way way) { return way == ALONE || way == IN_PLACE; }
 
 INLINE void turn(uint32_t* block) {
@@ -792,7 +787,8 @@ void lay_out(const Call& call, const Places& places, int64_t offset, Coming& com
         lay_out_keys(rows, num_groups, coming, way, own);
     }
     gather(call, call.values + offset, places, end, own, own.tokens);
-    if (weighs_in_place<E>(way)) return;
+    // without tiles these are weighed where they are
+    if (way == ALONE && !E::TURNS) return;
     int64_t num_columns = own.columns / LANES;
     constexpr int64_t MOST_UNITS = BLOCK / E::PER_UNIT;
     for (int64_t unit = 0; unit < MOST_UNITS; ++unit) {

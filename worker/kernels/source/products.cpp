@@ -193,7 +193,7 @@ INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const 
     }
 }
 
-constexpr int MOST_STREAMED = 2;
+constexpr int MOST_STREAMED = 2;  // rows
 
 // Whole steps of a panel, tile after tile: so it is read from the first byte to the last, which processors see and call
 // what comes next themselves, faster than anybody who asks for it.
