@@ -260,12 +260,14 @@ int64_t rows_at_a_time(int64_t bytes_per_row, int64_t unit) {
 // Rows from `begin` to `end` against panels from `panel` on; then comes `next`.
 template <class T, int PANELS>
 void multiply_panels(const Product& p, int64_t begin, int64_t end, int64_t panel, int64_t next) {
-    constexpr int MOST = MOST_ROWS<PANELS>;
-    int64_t size = panel_elements<T>(p.k), lines = ceil_div(PANELS * LINES_AT_ONCE, ceil_div(end - begin, MOST));
+    int64_t turns = ceil_div(end - begin, MOST_ROWS<PANELS>);
+    int64_t size = panel_elements<T>(p.k), lines = ceil_div(PANELS * LINES_AT_ONCE, turns);
     const T* wanted = (const T*)p.packed + next * size;
     Coming coming{(const char*)wanted, (const char*)(wanted + PANELS * size), lines};
-    for (int64_t row = begin; row < end; row += MOST) {
-        last_rows<T, PANELS>(p, row, std::min<int64_t>(MOST, end - row), panel, coming);
+    // turns of about as many rows: with few of them weights come no faster than they are used up
+    for (int64_t row = begin, count; row < end; row += count, --turns) {
+        count = ceil_div(end - row, turns);
+        last_rows<T, PANELS>(p, row, count, panel, coming);
         coming.from += ceil_div(size * (int64_t)sizeof(T), PIECE) * lines * LINE;
     }
 }
