@@ -75,7 +75,7 @@ def paged_logits(
         rows = [row for row, sequence in enumerate(sequences) if computed[row] < len(sequence)]
         sizes = [min(randomness.choice((1, 1, 1, 5, 13)), len(sequences[row]) - computed[row]) for row in rows]
         on_step(np.repeat(rows, sizes))
-        logits = _step(decoder, sequences, tables, pages, computed, rows, sizes)
+        logits = run_step(decoder, sequences, tables, pages, computed, rows, sizes)
         for row, part in zip(rows, logits.split(sizes)):
             outputs[row].append(part)
             computed[row] += len(part)
@@ -91,14 +91,16 @@ def used_pages(model: Decoder | T5, num_pages: int, kv_type: torch.dtype | None 
     return torch.full(shape, 7, dtype=kv_type)
 
 
-def _step(decoder, sequences, tables, pages, computed, rows, sizes) -> torch.Tensor:
+def run_step(decoder, sequences, tables, pages, computed, rows, sizes, wanted=None) -> torch.Tensor:
+    """Logits of the tokens `wanted`, or of all. Of each of `rows` `sizes` tokens are run behind those `computed`."""
     starts = np.array([computed[row] for row in rows])
     positions = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes)])
     owner = np.repeat(rows, sizes)
     tokens = torch.tensor([sequences[row][position] for row, position in zip(owner, positions)])
     slots = tables[owner, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     batch = Batch(np.array(sizes), starts, tables[rows], torch.from_numpy(slots))
-    return decoder.forward(tokens, torch.from_numpy(positions), batch, pages, torch.arange(len(tokens)))
+    wanted = torch.arange(len(tokens)) if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+    return decoder.forward(tokens, torch.from_numpy(positions), batch, pages, wanted)
 
 
 def relative_error(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -154,8 +154,8 @@ class Together:
     def __init__(self, stack: Any, *, leaves: bool) -> None:
         self._stack, self._leaves = stack, leaves
 
-    def is_ready(self, x: Tensor, pages: Tensor) -> bool:
-        assert self._stack.is_ready(x, pages)
+    def is_ready(self, pages: Tensor) -> bool:
+        assert self._stack.is_ready(pages)
         return True
 
     def __call__(self, *arguments: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.attention import Attention
 from worker.attention.native import NativeAttention
 from worker.kernels.products import INTEGER, POINTER, SUFFIXES, alone, function_of
-from worker.kernels.stack import NativeStack, can_stack
+from worker.kernels.stack import NativeStack, Turning, can_stack
 from worker.model.operations import Activate, Layers, Operations, Stack, Summary, Turns
 from worker.model.spec import Activation, Norm
 from worker.model.weights import Linear, MlpWeights, NormWeights
@@ -52,6 +52,8 @@ class CpuOperations(Operations):
         self._normalise = _functions(library, "normalise", [ctypes.POINTER(_Norm)])
         self._activate = _functions(library, "activate", [POINTER, *[INTEGER] * 4, POINTER])
         self._turn = _functions(library, "turn", [ctypes.POINTER(_Turn)])
+        self._find_angles = library.inferfleet_find_angles
+        self._find_angles.argtypes, self._find_angles.restype = [POINTER, POINTER, INTEGER, POINTER, POINTER], None
         self._summarise = _functions(library, "summarise", [POINTER, INTEGER, INTEGER, *[POINTER] * 3])
 
     def normalise(self, x: Tensor, weights: NormWeights, eps: float, kind: Norm) -> Tensor:
@@ -90,6 +92,16 @@ class CpuOperations(Operations):
         if not can_stack(layers):
             return None
         return NativeStack(self._library, layers, attention, activate.number)
+
+    def angles(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> Turns:
+        if dtype is not torch.float32 or not positions.is_contiguous():
+            return super().angles(positions, frequencies, dtype, amplitude)
+        size = len(frequencies)
+        cos, sin = (torch.empty(len(positions), 1, size) for _ in range(2))
+        turning = Turning(frequencies.data_ptr(), size, amplitude)
+        pointers = positions.data_ptr(), len(positions), cos.data_ptr(), sin.data_ptr()
+        self._find_angles(ctypes.addressof(turning), *pointers)
+        return cos, sin
 
     def turn_and_write(
         self,

@@ -112,6 +112,15 @@ class PackedEmbedding:
     def num_bytes(self) -> int:
         return self._head.num_bytes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._head.dtype
+
+    @property
+    def address(self) -> int:
+        """That of the head."""
+        return self._head.address
+
     def __call__(self, tokens: Tensor) -> Tensor:
         return self._head.rows(tokens)
 

@@ -1,4 +1,4 @@
-"""All layers of a plain decoder in one call (source/stack.cpp), where every part of them is a kernel of ours.
+"""A step of a plain decoder in one call (source/stack.cpp), where every part of its layers is a kernel of ours.
 
 Between two kernels Python takes longer than it seems: the weights that have just passed through the caches have taken
 its own code and objects with them.
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from worker.attention.native import NativeAttention, NativeMeta
-from worker.kernels.products import INTEGER, POINTER, PackedLinear, function_of
+from worker.kernels.products import INTEGER, POINTER, PackedEmbedding, PackedLinear, function_of
 from worker.model.lora import AdaptedLinear
-from worker.model.operations import Layers, Turns
-from worker.model.spec import Norm
-from worker.model.weights import LayerWeights, Linear, MlpWeights, NormWeights
+from worker.model.operations import Layers
+from worker.model.spec import Norm, Rope
+from worker.model.weights import DenseEmbedding, Embedding, LayerWeights, Linear, MlpWeights, NormWeights
 from worker.parallel.exchange import require
 
 
@@ -30,8 +30,14 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Norm) for name in ("attention_norm", "qk_norm", "mlp_norm")),
         *((name, POINTER) for name in ("qkv", "out", "up", "down", "attention")),
-        ("turn", INTEGER),
+        ("turning", INTEGER),
     )
+
+
+class Turning(ctypes.Structure):
+    """A rope, of which `rope.both_ways` made the frequencies."""
+
+    _fields_ = (("frequencies", POINTER), ("rotary_dim", INTEGER), ("amplitude", ctypes.c_double))
 
 
 class _Stack(ctypes.Structure):
@@ -44,71 +50,88 @@ class _Stack(ctypes.Structure):
         ),
         ("eps", ctypes.c_double),
         ("exchange", POINTER),
+        ("turnings", POINTER),
+        ("num_turnings", INTEGER),
+        *((name, POINTER) for name in ("table", "tied", "head")),
     )
-
-
-class _Angles(ctypes.Structure):
-    _fields_ = (("cos", POINTER), ("sin", POINTER), ("rotary_dim", INTEGER))
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("x", POINTER),
+        ("tokens", POINTER),
+        ("positions", POINTER),
         ("num_tokens", INTEGER),
-        *((name, POINTER) for name in ("angles", "slots", "batch", "pages")),
+        *((name, POINTER) for name in ("x", "slots", "batch", "pages")),
+        ("page_bytes", INTEGER),
+        ("wanted", POINTER),
+        ("num_wanted", INTEGER),
+        ("out", POINTER),
     )
 
 
 class NativeStack:
-    """x [t, hidden] before the first layer to what is behind the final norm; bit for bit what the layers come to one by
-    one. `is_ready` says whether a step can go this way. Raises RankLost as a group does."""
+    """Tokens to logits; bit for bit what the layers come to one by one. `is_ready` says whether a step can go this
+    way. Raises RankLost as a group does."""
 
     def __init__(self, library: ctypes.CDLL, layers: Layers, attention: NativeAttention, activation: int) -> None:
-        dtype = _products(layers.weights[0])[0].dtype
+        dtype, hidden = _products(layers.weights[0])[0].dtype, _products(layers.weights[0])[0].num_in
         linears = [linear for weights in layers.weights for linear in _linears(weights)]
         self._adapted = [each for each in linears if isinstance(each, AdaptedLinear)]
-        self._turnings = sorted({turning for turning in layers.ropes if turning}, key=repr)
-        made = [self._layer(layers, attention, dtype, number) for number in range(len(layers.weights))]
-        self._layers = (_Layer * len(made))(*made)
-        sizes = layers.num_heads, layers.num_kv_heads, layers.head_dim
-        hidden, is_rms = _products(layers.weights[0])[0].num_in, layers.norm is Norm.RMS
-        pointer = ctypes.addressof(self._layers)
-        exchange = None if layers.exchange is None else layers.exchange.address
+        ropes = sorted(layers.frequencies, key=repr)
+        turnings = [_turning(rope, layers.frequencies[rope]) for rope in ropes]
+        made = [_layer(layers, attention, dtype, number, ropes) for number in range(len(layers.weights))]
+        self._arrays = (_Layer * len(made))(*made), (Turning * len(turnings))(*turnings)
+        table, tied = _addresses(layers.rows, dtype, hidden)
+        head = layers.product if isinstance(layers.product, PackedLinear) and layers.product.dtype is dtype else None
+        self._has_rows, self._has_head = (table or tied) is not None, head is not None
+        self._width = hidden if head is None else head.num_out
         self._stack = _Stack(
-            pointer, _norm(layers.final_norm), len(made), hidden, *sizes, activation, is_rms, layers.norm_eps, exchange
+            ctypes.addressof(self._arrays[0]),
+            _norm(layers.final_norm),
+            len(made),
+            hidden,
+            layers.num_heads,
+            layers.num_kv_heads,
+            layers.head_dim,
+            activation,
+            layers.norm is Norm.RMS,
+            layers.norm_eps,
+            None if layers.exchange is None else layers.exchange.address,
+            ctypes.addressof(self._arrays[1]),
+            len(turnings),
+            table,
+            tied,
+            None if head is None else head.address,
         )
         arguments = [POINTER, POINTER]
-        self._run: Callable[..., Any] = function_of(library, "run_layers", dtype, arguments, ctypes.c_bool)
-        self._dtype, self._kept = dtype, layers
+        self._run: Callable[..., Any] = function_of(library, "run_stack", dtype, arguments, ctypes.c_bool)
+        self._dtype, self._layers = dtype, layers
 
-    def _layer(self, layers: Layers, attention: NativeAttention, dtype: torch.dtype, number: int) -> _Layer:
-        weights, turning = layers.weights[number], layers.ropes[number]
-        products = [product.address for product in _products(weights)]
-        shape = attention.address_of(
-            layers.shapes[number], layers.num_heads, layers.num_kv_heads, layers.head_dim, dtype, dtype
-        )
-        norms = (weights.attention_norm, weights.qk_norm, weights.mlp_norm)
-        turn = self._turnings.index(turning) if turning else -1
-        return _Layer(*(_norm(each) for each in norms), *products, shape, turn)
-
-    def is_ready(self, x: Tensor, pages: Tensor) -> bool:
-        fits = x.dtype is self._dtype and pages.dtype is self._dtype and x.is_contiguous() and pages.is_contiguous()
+    def is_ready(self, pages: Tensor) -> bool:
+        fits = pages.dtype is self._dtype and pages.is_contiguous()
         return fits and not any(each.is_changed for each in self._adapted)
 
-    def __call__(self, x: Tensor, turns: dict[Any, Turns], pages: Tensor, slots: Tensor, meta: NativeMeta) -> Tensor:
-        """`x` is taken: its memory becomes the result."""
-        angles = [turns[turning] for turning in self._turnings]
-        assert all(cos.dtype is torch.float32 for cos, _ in angles)
-        found = (_Angles * len(angles))(
-            *(_Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in angles)
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, pages: Tensor, slots: Tensor, meta: NativeMeta, wanted: Tensor
+    ) -> Tensor:
+        x = None if self._has_rows else self._layers.embed(tokens, positions)
+        assert x is None or (x.dtype is self._dtype and x.is_contiguous())
+        out = torch.empty((len(wanted), self._width), dtype=self._dtype)
+        step = _Step(
+            tokens.data_ptr(),
+            positions.data_ptr(),
+            len(tokens),
+            None if x is None else x.data_ptr(),
+            slots.data_ptr(),
+            meta.address,
+            pages.data_ptr(),
+            pages.stride(1) * pages.itemsize,
+            wanted.data_ptr(),
+            len(wanted),
+            out.data_ptr(),
         )
-        first, size = pages.data_ptr(), pages.stride(1) * pages.itemsize
-        num_pages = 2 * len(self._layers)
-        addresses = (POINTER * num_pages)(*range(first, first + num_pages * size, size))
-        pointers = (ctypes.addressof(found), slots.data_ptr(), meta.address, ctypes.addressof(addresses))
-        step = _Step(x.data_ptr(), x.shape[0], *pointers)
         require(self._run(ctypes.addressof(self._stack), ctypes.addressof(step)))
-        return x
+        return out if self._has_head else self._layers.head(out)
 
 
 def can_stack(layers: Layers) -> bool:
@@ -156,3 +179,24 @@ def _norm(weights: NormWeights | None) -> _Norm:
     weight, bias = weights.weight, weights.bias
     num_rows = 1 if weight.dim() == 1 else weight.shape[0]
     return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), num_rows, weight.dtype is torch.float32)
+
+
+def _turning(rope: Rope, frequencies: Tensor) -> Turning:
+    return Turning(frequencies.data_ptr(), len(frequencies), rope.amplitude)
+
+
+def _layer(layers: Layers, attention: NativeAttention, dtype: torch.dtype, number: int, ropes: list[Rope]) -> _Layer:
+    weights, rope = layers.weights[number], layers.ropes[number]
+    products = [product.address for product in _products(weights)]
+    sizes = layers.num_heads, layers.num_kv_heads, layers.head_dim
+    shape = attention.address_of(layers.shapes[number], *sizes, dtype, dtype)
+    norms = (weights.attention_norm, weights.qk_norm, weights.mlp_norm)
+    return _Layer(*(_norm(each) for each in norms), *products, shape, ropes.index(rope) if rope else -1)
+
+
+def _addresses(rows: Embedding | None, dtype: torch.dtype, hidden: int) -> tuple[int | None, int | None]:
+    """Those of rows that lie one after the other, and of a matrix in panels that has them."""
+    if isinstance(rows, DenseEmbedding):
+        can_be_read = rows.weight.dtype is dtype and rows.weight.is_contiguous() and rows.weight.shape[1] == hidden
+        return rows.weight.data_ptr() if can_be_read else None, None
+    return None, rows.address if isinstance(rows, PackedEmbedding) and rows.dtype is dtype else None

@@ -92,11 +92,10 @@ class Decoder:
         `wanted` int64 [k] indices of the tokens whose logits are needed, on a CPU ascending. Returns logits [k, the
         rank's part of the vocabulary].
         """
+        if self._stack is not None and self._stack.is_ready(pages):
+            meta = self.attention.prepare(batch, pages.shape[3])
+            return self._stack(tokens, positions, pages, batch.slots, meta, wanted)
         x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
-        if self._stack is not None and self._stack.is_ready(x, pages):
-            x = self._stack(x, step.turns, pages, step.slots, step.meta)
-            # all of them, most likely: to pick these takes as long as a layer of one token
-            return self._head(x if len(wanted) == len(x) else x[wanted])
         for layer, weights in enumerate(self.weights.layers):
             x = self.run_layer(x, weights, step, layer)
         return self._head(self._norm(x[wanted], self.weights.final_norm))
@@ -104,7 +103,7 @@ class Decoder:
     def begin(self, positions: Tensor, batch: AnyBatch, pages: Tensor) -> Step:
         """What the layers of a step need besides its hidden states."""
         turns = {
-            turning: rope.angles(positions, frequencies, self._wide, turning.amplitude)
+            turning: self.operations.angles(positions, frequencies, self._wide, turning.amplitude)
             for turning, frequencies in self._frequencies.items()
         }
         return Step(turns, pages, batch.slots, self.attention.prepare(batch, pages.shape[3]))
@@ -207,10 +206,35 @@ class Decoder:
         can_add = self._is_plain and (self.group.shard.size == 1 or exchange is not None)
         if not can_add or spec.clip_qkv is not None or spec.qk_norm is QkNorm.FULL:
             return None
-        sizes = self._num_heads, self.num_kv_heads, spec.head_dim
-        own = self.weights.layers, self.weights.final_norm
-        layers = Layers(*own, spec.ropes, self._shapes, *sizes, spec.norm, spec.norm_eps, exchange)
+        layers = Layers(
+            embed=self.embed,
+            rows=self.weights.embed if self._embeds_plainly else None,
+            weights=self.weights.layers,
+            final_norm=self.weights.final_norm,
+            head=self._head,
+            product=self.weights.head if self._has_plain_head else None,
+            ropes=spec.ropes,
+            frequencies=self._frequencies,
+            shapes=self._shapes,
+            num_heads=self._num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=spec.head_dim,
+            norm=spec.norm,
+            norm_eps=spec.norm_eps,
+            exchange=exchange,
+        )
         return self.operations.stack(layers, self.attention, self._activate)
+
+    @property
+    def _embeds_plainly(self) -> bool:
+        weights, is_whole = self.weights, self.group.shard.size == 1
+        added = weights.project_in, weights.positions, weights.embedding_norm
+        return is_whole and self.spec.embedding_scale == 1.0 and all(each is None for each in added)
+
+    @property
+    def _has_plain_head(self) -> bool:
+        is_scaled = self.spec.logit_scale != 1.0 or self.spec.logit_softcap is not None
+        return self.weights.project_out is None and not is_scaled
 
     def _layer_shapes(self) -> list[LayerShape]:
         """One object for all layers that attend alike."""

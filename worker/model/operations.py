@@ -17,7 +17,7 @@ from worker.attention.pages import write_pages
 from worker.model import rope
 from worker.model.layers import ACTIVATION_FUNCTIONS, layer_norm, rms_norm
 from worker.model.spec import Activation, Norm, Rope
-from worker.model.weights import LayerWeights, MlpWeights, MoeWeights, NormWeights
+from worker.model.weights import Embedding, LayerWeights, Linear, MlpWeights, MoeWeights, NormWeights
 
 if TYPE_CHECKING:
     # which has a kernel, and kernels are made of these operations
@@ -30,12 +30,22 @@ Summary = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Those of a decoder that adds each part to what came in, without any factor; heads are the rank's. Several ranks
-    add up through `exchange`. `ropes` and `shapes` of attention are by layer."""
+    """Those of a decoder that adds each part to what came in, without any factor, and what is around them; heads are
+    the rank's. Several ranks add up through `exchange`. `ropes` and `shapes` of attention are by layer, `frequencies`
+    those of `rope.angles` for each rope.
 
+    `embed(tokens, positions)` gives what the first layer takes, and `head(x)` makes logits of what is behind the final
+    norm. Where they do nothing else they are these `rows` and this `product`.
+    """
+
+    embed: Callable[[Tensor, Tensor], Tensor]
+    rows: Embedding | None
     weights: list[LayerWeights]
     final_norm: NormWeights | None
+    head: Callable[[Tensor], Tensor]
+    product: Linear | None
     ropes: tuple[Rope | None, ...]
+    frequencies: dict[Rope, Tensor]
     shapes: list[LayerShape]
     num_heads: int
     num_kv_heads: int
@@ -46,13 +56,14 @@ class Layers:
 
 
 class Stack(Protocol):
-    """All layers of a step in one go, where it `is_ready` for it."""
+    """All of a step in one go, where it `is_ready` for it."""
 
-    def is_ready(self, x: Tensor, pages: Tensor) -> bool: ...
+    def is_ready(self, pages: Tensor) -> bool: ...
 
-    def __call__(self, x: Tensor, turns: dict[Rope, Turns], pages: Tensor, slots: Tensor, meta: Any) -> Tensor:
-        """Hidden states [t, hidden] before the first layer, whose memory is taken, to those behind the final
-        norm; `turns`, `pages`, `slots` and `meta` as layers get them."""
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, pages: Tensor, slots: Tensor, meta: Any, wanted: Tensor
+    ) -> Tensor:
+        """Logits of the tokens `wanted`, as Decoder.forward; `slots` and `meta` as layers get them."""
 
 
 class Operations:
@@ -104,6 +115,10 @@ class Operations:
     def stack(self, layers: Layers, attention: Attention, activate: Activate) -> Stack | None:
         """One, if there are kernels for all that these layers have."""
         return None
+
+    def angles(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> Turns:
+        """As in `rope.angles`."""
+        return rope.angles(positions, frequencies, dtype, amplitude)
 
     def turn_and_write(
         self,

@@ -112,6 +112,20 @@ def test_queries_turn_and_keys_and_values_land_in_their_places(operations, dtype
     assert error(other[1], expected[1]) > 0.1 and error(other[2], expected[2]) > 0.1
 
 
+@pytest.mark.parametrize("amplitude", [1.0, 1.3])
+@pytest.mark.parametrize("num_pairs", [1, 32, 100])
+def test_angles_are_those_of_torch(operations, num_pairs, amplitude):
+    positions = torch.tensor([0, 1, 77, 4095, 1 << 20, 3])
+    frequencies = both_ways(0.9 ** torch.arange(num_pairs, dtype=torch.float32))
+    expected = angles(positions, frequencies, torch.float32, amplitude)
+    for found, wanted, other in zip(
+        operations.angles(positions, frequencies, torch.float32, amplitude), expected, expected[::-1], strict=True
+    ):
+        assert error(found, wanted) <= 2**-22 < error(found, other)
+    wide = operations.angles(positions, frequencies, torch.float64, amplitude)
+    assert all(torch.equal(*pair) for pair in zip(wide, angles(positions, frequencies, torch.float64, amplitude)))
+
+
 def test_a_row_is_the_same_in_every_company(operations):
     x, weights = random(600, 100, dtype=torch.bfloat16), NormWeights(random(100, dtype=torch.bfloat16), None)
     activate = operations.activation(Activation.SILU, is_gated=True)

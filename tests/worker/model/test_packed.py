@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tests.support.paged import load_decoder, paged_logits, relative_error
+from tests.support.paged import load_decoder, paged_logits, relative_error, run_step, used_pages
 from tests.support.ranks import ranks
 from worker.attention.native import NativeAttention
 from worker.kernels.build import load_library
@@ -27,10 +28,7 @@ def test_models_with_kernels_agree_with_those_of_torch(tiny, name, dtype):
     was_tied = isinstance(decoder.weights.head, DenseLinear) and (
         decoder.weights.embed.weight.data_ptr() == decoder.weights.head.weight.data_ptr()
     )
-    library = load_library()
-    decoder = Decoder(
-        decoder.spec, pack(decoder.weights, library), NativeAttention(library), operations=CpuOperations(library)
-    )
+    decoder = with_kernels(decoder)
     assert isinstance(decoder.weights.layers[-1].qkv, PackedLinear)
     assert isinstance(decoder.weights.embed, PackedEmbedding if was_tied else DenseEmbedding)
     assert relative_error(paged_logits(decoder, model.sequences)[0], expected) <= TOLERANCES[dtype]
@@ -42,11 +40,8 @@ STACKED = ["llama_biases_llama3", "qwen3", "gpt2"]
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", STACKED)
 def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dtype):
-    model, library = tiny(name), load_library()
-    plain = load_decoder(model.folder, dtype=dtype)
-    decoder = Decoder(
-        plain.spec, pack(plain.weights, library), NativeAttention(library), operations=CpuOperations(library)
-    )
+    model = tiny(name)
+    decoder = with_kernels(load_decoder(model.folder, dtype=dtype))
     calls = counted(decoder)
     together = paged_logits(decoder, model.sequences)[0]
     assert calls, "the layers are to go together"
@@ -57,6 +52,67 @@ def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dty
     layers[0], layers[1] = layers[1], layers[0]
     swapped = paged_logits(decoder, model.sequences)[0]
     assert not any(torch.equal(*pair) for pair in zip(together, swapped, strict=True))
+
+
+SIZES = [5, 1, 13, 4]
+"""Tokens of each row in one step: 0 to 4, 5, 6 to 18, 19 to 22."""
+WANTED = {
+    "behind each row": [4, 5, 18, 22],
+    "behind some": [5, 22],
+    "behind drafts": [3, 4, 5, 18, 20, 21, 22],
+    "none": [],
+    "all of one": [5, 19, 20, 21, 22],
+    "not the last": [2, 5, 18, 22],
+    "with a gap": [1, 4, 18],
+}
+ENDS_EARLY = set(WANTED) - {"not the last", "with a gap"}
+
+
+@torch.inference_mode()
+def run_wanted(decoder, sequences, wanted):
+    """Logits of a step behind one that computed as many tokens, and all pages."""
+    tables = np.arange(1, 1 + 2 * len(SIZES)).reshape(len(SIZES), 2)
+    rows, pages = range(len(SIZES)), used_pages(decoder, tables.size + 1)
+    sequences = [(sequence * 26)[:26] for sequence in sequences[: len(SIZES)]]
+    run_step(decoder, sequences, tables, pages, [0] * len(SIZES), rows, SIZES)
+    return run_step(decoder, sequences, tables, pages, SIZES, rows, SIZES, wanted), pages
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", STACKED)
+def test_tokens_that_nobody_samples_behind_change_nothing(tiny, name, dtype):
+    model = tiny(name)
+    decoder = with_kernels(load_decoder(model.folder, dtype=dtype))
+    everything, all_pages = run_wanted(decoder, model.sequences, None)
+    for case, wanted in WANTED.items():
+        logits, pages = run_wanted(decoder, model.sequences, wanted)
+        assert torch.equal(logits, everything[wanted]) and torch.equal(pages, all_pages), case
+        assert not wanted or not torch.equal(logits, everything[[each - 1 for each in wanted]]), case
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_the_last_layer_takes_only_what_is_sampled_behind(tiny, monkeypatch, case):
+    # of learned positions, so that we see what becomes of the memory of x
+    model, given = tiny("gpt2"), []
+
+    def watched(self, *arguments):
+        given.append(embed(self, *arguments))
+        return given[-1]
+
+    embed = Decoder.embed
+    monkeypatch.setattr(Decoder, "embed", watched)
+    decoder = with_kernels(load_decoder(model.folder))
+    run_wanted(decoder, model.sequences, [0])
+    finished, first_spared = given[-1], max(len(WANTED[case]), 1)
+    run_wanted(decoder, model.sequences, WANTED[case])
+    assert torch.equal(given[-1][first_spared:], finished[first_spared:]) == (case not in ENDS_EARLY)
+
+
+def with_kernels(plain):
+    library = load_library()
+    return Decoder(
+        plain.spec, pack(plain.weights, library), NativeAttention(library), operations=CpuOperations(library)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,22 @@ void summarise(const T* logits, int64_t num_rows, int64_t size, float* most, int
 
 // Queries, keys and values.
 
+constexpr int64_t WORK_OF_ANGLE = 16;  // elements that take as long
+
+void find_angles(const Turning& turning, const int64_t* positions, int64_t num_positions, float* cos, float* sin) {
+    int64_t size = turning.rotary_dim, half = size / 2;
+    float amplitude = turning.amplitude;
+    for_rows(num_positions, half * WORK_OF_ANGLE, [&](int64_t row) {
+        float *own_cos = cos + row * size, *own_sin = sin + row * size;
+        for (int64_t pair = 0; pair < half; ++pair) {
+            float angle = (float)positions[row] * turning.frequencies[half + pair];
+            own_cos[pair] = own_cos[half + pair] = std::cos(angle) * amplitude;
+            own_sin[half + pair] = std::sin(angle) * amplitude;
+            own_sin[pair] = -own_sin[half + pair];
+        }
+    });
+}
+
 template <class T>
 INLINE void turn_head(const T* from, const float* cos, const float* sin, int64_t rotary_dim, int64_t head_dim, T* to) {
     int64_t half = rotary_dim / 2;
@@ -211,6 +227,10 @@ EXPORT void inferfleet_activate_f32(const float* x, int64_t kind, int64_t num_ro
 
 EXPORT void inferfleet_activate_bf16(const bf16* x, int64_t kind, int64_t num_rows, int64_t width, int64_t is_gated, bf16* out) {
     activate_as(kind, x, num_rows, width, is_gated, out);
+}
+
+EXPORT void inferfleet_find_angles(const Turning* turning, const int64_t* positions, int64_t num_positions, float* cos, float* sin) {
+    find_angles(*turning, positions, num_positions, cos, sin);
 }
 
 EXPORT void inferfleet_turn_f32(const Turn* turn) { turn_all<float>(*turn); }

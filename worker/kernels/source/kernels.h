@@ -42,6 +42,14 @@ struct Norm {
     void* out;
 };
 
+// Of each position `amplitude` times cosine and sine of what it turns every pair by, [positions][rotary_dim]; the first half
+// of `frequencies` is the second one the other way round.
+struct Turning {
+    const float* frequencies;
+    int64_t rotary_dim;
+    double amplitude;
+};
+
 // turned[tokens][heads + kv heads][head_dim] and v[tokens][kv heads][head_dim], tokens `..._stride` elements apart; cos and
 // sin [tokens][rotary_dim], none where nothing turns. Queries go to q[tokens][heads][head_dim], keys and values to the
 // places `slots` of pages [places][kv heads][head_dim].
@@ -84,6 +92,9 @@ void inferfleet_normalise_f32(const Norm*);
 void inferfleet_normalise_bf16(const Norm*);
 void inferfleet_multiply_f32(const Matrix*, const float*, int64_t, int64_t, int64_t, const float*, float*);
 void inferfleet_multiply_bf16(const Matrix*, const bf16*, int64_t, int64_t, int64_t, const bf16*, bf16*);
+void inferfleet_unpack_rows_f32(const Matrix*, const int64_t*, int64_t, float*);
+void inferfleet_unpack_rows_bf16(const Matrix*, const int64_t*, int64_t, bf16*);
+void inferfleet_find_angles(const Turning*, const int64_t*, int64_t, float*, float*);
 void inferfleet_turn_f32(const Turn*);
 void inferfleet_turn_bf16(const Turn*);
 void inferfleet_attend(const Batch*, const Layer*, const void*, int64_t, const void*, const void*, void*);
