@@ -144,6 +144,8 @@ def _sample_here(logits: Tensor, task: _Task) -> Sampled:
     """For `logits` of the whole vocabulary."""
     if task.parameters["is_plain"].all() and not task.parameters["num_top"].any():
         most, picked, normalisers = (each.numpy() for each in task.summarise(logits))
+        if np.isfinite(normalisers).all():
+            return Sampled(picked, most - normalisers)
         return _sampled(picked, most, normalisers, normalisers, task)
     view, columns, _ = _choose(logits, task)
     sampled = _sampled(columns, view.values(columns), view.raw_normalisers, view.processed_normalisers, task)
