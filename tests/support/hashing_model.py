@@ -35,7 +35,7 @@ class ByTables:
 
 
 class HashingModel:
-    dtype, group, attention, operations = torch.float64, Alone(), ByTables(), Operations()
+    dtype, group, attention, summarise = torch.float64, Alone(), ByTables(), Operations().summarise
     vocabulary, page_shape, can_be_captured = range(VOCAB_SIZE), (1, 1, 2), True
     spec = SimpleNamespace(vocab_size=VOCAB_SIZE)
 

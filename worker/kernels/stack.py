@@ -16,7 +16,7 @@ from torch import Tensor
 from worker.attention.native import NativeAttention, NativeMeta
 from worker.kernels.products import INTEGER, POINTER, PackedEmbedding, PackedLinear, function_of
 from worker.model.lora import AdaptedLinear
-from worker.model.operations import Layers
+from worker.model.operations import Layers, Summary
 from worker.model.spec import Norm, Rope
 from worker.model.weights import DenseEmbedding, Embedding, LayerWeights, Linear, MlpWeights, NormWeights
 from worker.parallel.exchange import require
@@ -65,7 +65,7 @@ class _Step(ctypes.Structure):
         ("page_bytes", INTEGER),
         ("wanted", POINTER),
         ("num_wanted", INTEGER),
-        ("out", POINTER),
+        *((name, POINTER) for name in ("out", "most", "places", "normalisers")),
     )
 
 
@@ -106,6 +106,7 @@ class NativeStack:
         arguments = [POINTER, POINTER]
         self._run: Callable[..., Any] = function_of(library, "run_stack", dtype, arguments, ctypes.c_bool)
         self._dtype, self._layers = dtype, layers
+        self._last: tuple[Tensor, Summary] | None = None
 
     def is_ready(self, pages: Tensor) -> bool:
         fits = pages.dtype is self._dtype and pages.is_contiguous()
@@ -116,7 +117,9 @@ class NativeStack:
     ) -> Tensor:
         x = None if self._has_rows else self._layers.embed(tokens, positions)
         assert x is None or (x.dtype is self._dtype and x.is_contiguous())
-        out = torch.empty((len(wanted), self._width), dtype=self._dtype)
+        num_wanted = len(wanted)
+        out = torch.empty((num_wanted, self._width), dtype=self._dtype)
+        summary = (torch.empty(num_wanted), torch.empty(num_wanted, dtype=torch.int64), torch.empty(num_wanted))
         step = _Step(
             tokens.data_ptr(),
             positions.data_ptr(),
@@ -127,11 +130,18 @@ class NativeStack:
             pages.data_ptr(),
             pages.stride(1) * pages.itemsize,
             wanted.data_ptr(),
-            len(wanted),
+            num_wanted,
             out.data_ptr(),
+            *(each.data_ptr() for each in summary),
         )
         require(self._run(ctypes.addressof(self._stack), ctypes.addressof(step)))
-        return out if self._has_head else self._layers.head(out)
+        if not self._has_head:
+            return self._layers.head(out)
+        self._last = out, summary
+        return out
+
+    def summary_of(self, logits: Tensor) -> Summary | None:
+        return self._last[1] if self._last is not None and self._last[0] is logits else None
 
 
 def can_stack(layers: Layers) -> bool:

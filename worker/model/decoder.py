@@ -23,7 +23,7 @@ from worker.attention import AnyBatch, Attention, LayerShape
 from worker.model import rope
 from worker.model.layers import softcap
 from worker.model.moe import ListedExperts, mixture
-from worker.model.operations import Layers, Operations, Stack, Turns
+from worker.model.operations import Layers, Operations, Stack, Summary, Turns
 from worker.model.spec import QkNorm, Residual, Rope, Spec
 from worker.model.weights import DecoderWeights, Embedding, LayerWeights, MlpWeights, MoeWeights, NormWeights
 from worker.parallel.group import Alone, Group
@@ -99,6 +99,11 @@ class Decoder:
         for layer, weights in enumerate(self.weights.layers):
             x = self.run_layer(x, weights, step, layer)
         return self._head(self._norm(x[wanted], self.weights.final_norm))
+
+    def summarise(self, logits: Tensor) -> Summary:
+        """Operations.summarise of what `forward` returned."""
+        made = None if self._stack is None else self._stack.summary_of(logits)
+        return made or self.operations.summarise(logits)
 
     def begin(self, positions: Tensor, batch: AnyBatch, pages: Tensor) -> Step:
         """What the layers of a step need besides its hidden states."""

@@ -65,6 +65,9 @@ class Stack(Protocol):
     ) -> Tensor:
         """Logits of the tokens `wanted`, as Decoder.forward; `slots` and `meta` as layers get them."""
 
+    def summary_of(self, logits: Tensor) -> Summary | None:
+        """Operations.summarise of what the last call returned, if it made it by the way."""
+
 
 class Operations:
     """Of one forward pass; they hold no state."""

@@ -30,7 +30,7 @@ from worker.model.decoder import vocabulary_parallel_embedding
 from worker.model.families.base import Family
 from worker.model.loading import Builder, Finish, Piece, ProgressFunction, as_read, bytes_of, load_with
 from worker.model.lora import LoraSlots
-from worker.model.operations import Operations
+from worker.model.operations import Operations, Summary
 from worker.model.quant.scheme import NOT_QUANTISED, Quantisation
 from worker.model.spec import Norm, T5Spec
 from worker.model.weights import Embedding, Linear, MlpWeights, NormWeights, Part, TensorSource
@@ -144,6 +144,10 @@ class T5:
             x = x + self._attend_across(x, cross_weights, layer_pages, cross_meta)
             x = self._feed_forward(x, weights)
         return self.weights.head(self._norm(x[wanted], stack.final_norm) * self.spec.output_scale)
+
+    def summarise(self, logits: Tensor) -> Summary:
+        """Operations.summarise of what `forward` returned."""
+        return self.operations.summarise(logits)
 
     def _encoder_output(self, tokens: Tensor, batch: AnyBatch, num_pages: int, page_size: int) -> Tensor:
         """[e, hidden]."""

@@ -61,11 +61,18 @@ class Rows:
         self.last_ids = np.zeros(num_rows, dtype=np.int64)
         self.stop_ids: list[Ints] = [np.zeros(0, dtype=np.int64)] * num_rows
         self.counts = TokenCounts(ids)
+        self._special: set[int] = set()
+
+    @property
+    def want_best_only(self) -> bool:
+        """Whether the likeliest token and its log-probability are all that any row asks for."""
+        return not self._special
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what `plan` says of rows: departures, arrivals, then pages."""
         for row in plan.freed_rows.tolist():
             self.counts.release(row)
+            self._special.discard(row)
         for init in plan.new_rows:
             self._move_in(init)
         self.block_tables[plan.block_rows, plan.block_offsets] = plan.block_ids
@@ -86,6 +93,9 @@ class Rows:
         self.block_tables[row] = 0
         self.cross_tables[row, : len(init.cross_blocks)] = init.cross_blocks
         self.cross_lengths[row] = len(init.encoder_ids)
+        self._special.discard(row)
+        if not self.parameters["is_plain"][row] or self.parameters["num_top"][row]:
+            self._special.add(row)
         if self.parameters["needs_counts"][row]:
             self.counts.start(row, init.prompt_ids, init.output_ids)
 

@@ -112,6 +112,13 @@ def sample(
     return found[0][1] if len(found) == 1 else _merge(found, len(rows))
 
 
+def most_likely(logits: Tensor, summarise: Summarise) -> Sampled | None:
+    """What `sample` picks where no row asks for more, from `logits` of the whole vocabulary. None if some are such that
+    `sample` has to say what is wrong with them."""
+    most, picked, normalisers = (each.numpy() for each in summarise(logits))
+    return Sampled(picked, most - normalisers) if np.isfinite(normalisers).all() else None
+
+
 def _task(
     rows: Ints,
     output_indices: Ints,
@@ -142,11 +149,6 @@ def _merge(parts: list[tuple[Ints, Sampled]], num_rows: int) -> Sampled:
 
 def _sample_here(logits: Tensor, task: _Task) -> Sampled:
     """For `logits` of the whole vocabulary."""
-    if task.parameters["is_plain"].all() and not task.parameters["num_top"].any():
-        most, picked, normalisers = (each.numpy() for each in task.summarise(logits))
-        if np.isfinite(normalisers).all():
-            return Sampled(picked, most - normalisers)
-        return _sampled(picked, most, normalisers, normalisers, task)
     view, columns, _ = _choose(logits, task)
     sampled = _sampled(columns, view.values(columns), view.raw_normalisers, view.processed_normalisers, task)
     if task.parameters["num_top"].any():

@@ -21,7 +21,7 @@ from worker.runner.adapters import RowAdapters
 from worker.runner.places import Places, ascending
 from worker.runner.provided import Provided
 from worker.runner.rows import Ints, Rows
-from worker.runner.sampler import chosen, sample
+from worker.runner.sampler import Sampled, chosen, most_likely, sample
 from worker.runner.vocabulary import Vocabulary
 
 Model = Decoder | T5
@@ -100,12 +100,11 @@ class TorchDevice:
 
     @torch.inference_mode()
     def sample(self, plan: StepPlan) -> StepResult:
-        places = self._places
+        places, sampled = self._places, None
         assert places.plan is plan, "the step that ran last is the one to be sampled"
-        output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
-        before = places.drafts_before if places.has_drafts else ()
-        summarise = self._model.operations.summarise
-        sampled = sample(self._logits, places.rows, output_indices, self.rows, self._vocabulary, before, summarise)
+        if self.rows.want_best_only and not self._vocabulary.is_split:
+            sampled = most_likely(self._logits, self._model.summarise)
+        sampled = sampled or self._sample(places)
         num_ids, errors = places.num_ids(sampled), places.errors(sampled)
         if places.has_drafts:
             self._clear_spoilt(places.tokens[places.that_spoil(sampled, num_ids)])
@@ -120,6 +119,12 @@ class TorchDevice:
             errors=errors,
             num_ids=num_ids.astype(np.int32),
         )
+
+    def _sample(self, places: Places) -> Sampled:
+        output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
+        before = places.drafts_before if places.has_drafts else ()
+        summarise = self._model.summarise
+        return sample(self._logits, places.rows, output_indices, self.rows, self._vocabulary, before, summarise)
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle

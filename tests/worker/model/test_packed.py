@@ -90,6 +90,18 @@ def test_tokens_that_nobody_samples_behind_change_nothing(tiny, name, dtype):
         assert not wanted or not torch.equal(logits, everything[[each - 1 for each in wanted]]), case
 
 
+def test_what_is_summarised_by_the_way_is_of_these_logits_alone(tiny):
+    model = tiny("qwen3")
+    decoder = with_kernels(load_decoder(model.folder))
+    earlier, _ = run_wanted(decoder, model.sequences, [4, 5])
+    logits, _ = run_wanted(decoder, model.sequences, [18, 22])
+    assert decoder._stack.summary_of(logits) is not None
+    for each in (logits, earlier, logits + 1.0):
+        found, expected = decoder.summarise(each), decoder.operations.summarise(each)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert not torch.equal(decoder.summarise(logits)[2], decoder.summarise(earlier)[2])
+
+
 @pytest.mark.parametrize("case", WANTED)
 def test_the_last_layer_takes_only_what_is_sampled_behind(tiny, monkeypatch, case):
     # of learned positions, so that we see what becomes of the memory of x
@@ -148,7 +160,7 @@ def counted(decoder):
     assert stack is not None
 
     class Counted:
-        is_ready = stack.is_ready
+        is_ready, summary_of = stack.is_ready, stack.summary_of
 
         def __call__(self, *arguments):
             calls.append(len(arguments))

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from common.job import SamplingParams
+from tests.worker.runner.device_sampling import plan_of
+from tests.worker.runner.sampling import Row, state_of
 from worker.runner.rows import TokenCounts
 
 
@@ -38,3 +42,20 @@ def test_many_rows_get_slots_of_their_own_and_give_them_back():
     assert len(counts.table) == 16
     assert int(counts.table.sum()) == 0
     assert isinstance(counts.table, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "asked", [dict(do_sample=True), dict(repetition_penalty=1.1), dict(min_tokens=2), dict(num_top_logprobs=1)], ids=str
+)
+def test_as_long_as_one_row_asks_for_more_than_the_best_all_are_looked_at(asked):
+    plain, special = (
+        Row(SamplingParams(max_new_tokens=5), [1], []),
+        Row(SamplingParams(max_new_tokens=5, **asked), [1], []),
+    )
+    assert state_of([plain, plain], range(8))[0].want_best_only
+    state, places = state_of([plain, special], range(8))
+    assert not state.want_best_only
+    state.apply(plan_of([], freed=places[:1]))
+    assert not state.want_best_only
+    state.apply(plan_of([], freed=places[1:]))
+    assert state.want_best_only

@@ -286,3 +286,13 @@ def test_bfloat16_logits_are_processed_in_float32():
     logits, rows = random_batch(8, 40, 200)
     narrow = logits.to(torch.bfloat16)
     assert run(narrow, rows).ids.tolist() == run(narrow.float(), rows).ids.tolist()
+
+
+def test_where_nobody_asks_for_more_the_likeliest_is_found_without_looking_at_rows():
+    rows = [Row(SamplingParams(max_new_tokens=5), [1, 2], []) for _ in range(3)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
+    found, by_rows = sampler.most_likely(logits, sampler.IN_TORCH.summarise), run(logits, rows)
+    assert found is not None and found.ids.tolist() == by_rows.ids.tolist()
+    assert np.array_equal(found.logprobs, by_rows.logprobs) and not found.errors
+    logits[1, 4] = torch.nan
+    assert sampler.most_likely(logits, sampler.IN_TORCH.summarise) is None and 1 in run(logits, rows).errors

@@ -94,6 +94,8 @@ void inferfleet_multiply_f32(const Matrix*, const float*, int64_t, int64_t, int6
 void inferfleet_multiply_bf16(const Matrix*, const bf16*, int64_t, int64_t, int64_t, const bf16*, bf16*);
 void inferfleet_unpack_rows_f32(const Matrix*, const int64_t*, int64_t, float*);
 void inferfleet_unpack_rows_bf16(const Matrix*, const int64_t*, int64_t, bf16*);
+void inferfleet_summarise_f32(const float*, int64_t, int64_t, float*, int64_t*, float*);
+void inferfleet_summarise_bf16(const bf16*, int64_t, int64_t, float*, int64_t*, float*);
 void inferfleet_find_angles(const Turning*, const int64_t*, int64_t, float*, float*);
 void inferfleet_turn_f32(const Turn*);
 void inferfleet_turn_bf16(const Turn*);

@@ -55,6 +55,9 @@ struct StackStep {
     const int64_t* wanted;  // ascending
     int64_t num_wanted;
     void* out;  // [num_wanted] logits, or what is behind the final norm
+    float* most;  // of logits their summary, [num_wanted] each
+    int64_t* places;
+    float* normalisers;
 };
 
 template <class T>
@@ -66,6 +69,7 @@ struct Kernels<float> {
     static constexpr auto multiply = inferfleet_multiply_f32;
     static constexpr auto unpack_rows = inferfleet_unpack_rows_f32;
     static constexpr auto turn = inferfleet_turn_f32;
+    static constexpr auto summarise = inferfleet_summarise_f32;
     static constexpr auto add_up = inferfleet_add_up_f32;
 };
 
@@ -75,6 +79,7 @@ struct Kernels<bf16> {
     static constexpr auto multiply = inferfleet_multiply_bf16;
     static constexpr auto unpack_rows = inferfleet_unpack_rows_bf16;
     static constexpr auto turn = inferfleet_turn_bf16;
+    static constexpr auto summarise = inferfleet_summarise_bf16;
     static constexpr auto add_up = inferfleet_add_up_bf16;
 };
 
@@ -224,7 +229,10 @@ class Run {
         T* last = stack_.head ? x_ : (T*)step_.out;
         if (stack_.final_norm.weight) normalise(stack_.final_norm, x_, nullptr, nullptr, last);
         else if (last != x_) memcpy(last, x_, num_tokens_ * stack_.hidden * sizeof(T));
-        if (stack_.head) Kernels<T>::multiply(stack_.head, x_, num_tokens_, stack_.hidden, NONE, nullptr, (T*)step_.out);
+        if (!stack_.head) return;
+        T* logits = (T*)step_.out;
+        Kernels<T>::multiply(stack_.head, x_, num_tokens_, stack_.hidden, NONE, nullptr, logits);
+        Kernels<T>::summarise(logits, num_tokens_, stack_.head->n, step_.most, step_.places, step_.normalisers);
     }
 
     // Rows of x[num_tokens][hidden].
