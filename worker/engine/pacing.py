@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-SMALLEST_CHUNK = 32
-"""Others are multiples of it: queries and keys then fill the blocks that attention and products work by."""
+CHUNK, SMALLEST_CHUNK = 32, 16
+"""Tokens, of which others are multiples: queries and keys then fill the blocks that attention and products work by.
+Where not even one has room a half of it is taken."""
 WEIGHT_OF_LAST = 0.3
 STEPS_UNTIL_LOOK = 16
 """Steps with prompts after which one goes without: streams grow meanwhile, and what their own tokens take would count
@@ -32,7 +33,7 @@ class PrefillPacer:
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
         """For a step beside so many requests that decode, some of which began before the next prompt came or not: the
-        nearest multiple of SMALLEST_CHUNK, or 0 where a step without prompts is due."""
+        nearest multiple of CHUNK, or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
         if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)
@@ -41,8 +42,9 @@ class PrefillPacer:
             if self._num_mixed >= STEPS_UNTIL_LOOK:
                 return 0
             seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
-        num_chunks = max(round(seconds / self._seconds_per_token / SMALLEST_CHUNK), 1)
-        return min(self.max_tokens, num_chunks * SMALLEST_CHUNK)
+        num_tokens = seconds / self._seconds_per_token
+        is_half_nearer = num_tokens < (SMALLEST_CHUNK + CHUNK) / 2
+        return min(self.max_tokens, SMALLEST_CHUNK if is_half_nearer else max(round(num_tokens / CHUNK), 1) * CHUNK)
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from worker.engine.pacing import SHARE_OF_PROMPTS, SMALLEST_CHUNK, STEPS_UNTIL_LOOK, PrefillPacer
+from worker.engine.pacing import CHUNK, SHARE_OF_PROMPTS, SMALLEST_CHUNK, STEPS_UNTIL_LOOK, PrefillPacer
 
-HALF = SMALLEST_CHUNK / 2
+HALF = CHUNK / 2
 """Budgets are multiples of the smallest chunk."""
 
 
@@ -78,7 +78,7 @@ def test_without_knowledge_or_switched_off_nothing_is_cut(pacer: PrefillPacer) -
 
 def test_a_chunk_is_never_uselessly_small_nor_above_the_limit() -> None:
     assert paced(limit_s=1e-6).budget(4, has_seniors=True) == SMALLEST_CHUNK
-    assert paced(max_tokens=16, limit_s=1e-6).budget(4, has_seniors=True) == 16
+    assert paced(max_tokens=8, limit_s=1e-6).budget(4, has_seniors=True) == 8
     assert paced(max_tokens=16).budget(4, has_seniors=True) == 16
 
 
@@ -95,10 +95,12 @@ def test_steps_with_hardly_any_prompt_teach_nothing() -> None:
     assert pacer.budget(4, has_seniors=True) == pytest.approx(100, abs=HALF)
 
 
-def test_budgets_are_multiples_of_the_smallest_chunk() -> None:
+def test_budgets_are_multiples_of_a_chunk_or_half_a_one() -> None:
     budgets = [paced(limit_s=number / 1000).budget(4, has_seniors=True) for number in range(1, 400, 7)]
     assert len(set(budgets)) > 10
-    assert all(budget % SMALLEST_CHUNK == 0 for budget in budgets)
+    assert budgets[0] == SMALLEST_CHUNK == CHUNK / 2
+    assert all(budget % CHUNK == 0 for budget in budgets if budget != SMALLEST_CHUNK)
+    assert [paced(limit_s=limit_s).budget(4, has_seniors=True) for limit_s in (0.023, 0.025, 0.047)] == [16, 32, 32]
 
 
 def test_now_and_then_a_step_goes_without_prompts_and_growing_streams_are_no_cost_of_theirs() -> None:
@@ -111,7 +113,7 @@ def test_now_and_then_a_step_goes_without_prompts_and_growing_streams_are_no_cos
         pacer.note(budget, 4, decode_s + budget / 1000)
     assert 10 < num_without < 20
     assert decode_s > 0.25
-    assert pacer.budget(4, has_seniors=True) > expected + SMALLEST_CHUNK
+    assert pacer.budget(4, has_seniors=True) > expected + CHUNK
 
 
 def test_beside_streams_of_the_same_burst_no_step_goes_without() -> None:
