@@ -41,6 +41,7 @@ TABLES: dict[str, Table] = {
     "scaling": Table("scaling.json", scaling.table),
     "serving": Table("serving.json", serving_peers.table),
     "long-prompts": Table("long_prompts.json", long_prompts.table),
+    "long-prompts-zen4": Table("long_prompts-zen4.json", long_prompts.table),
     "speculation": Table("speculation.json", speculation.table_of_file),
     "triton": Table("triton.json", kernels.summary),
 }
