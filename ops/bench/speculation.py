@@ -166,7 +166,8 @@ def following(script: Script, engine: OfflineEngine) -> Iterator[None]:
     forward = model.forward
 
     def emphasised(tokens: Any, positions: Any, batch: Any, pages: Any, wanted: Any) -> Any:
-        logits = forward(tokens, positions, batch, pages, wanted)
+        # others than the model's own, of which it knows a summary
+        logits = forward(tokens, positions, batch, pages, wanted).clone()
         places = positions[wanted]
         is_astray = tokens[wanted] != script_ids[places]
         following_ids = (script_ids[places + 1] + is_astray) % logits.shape[1]

@@ -101,7 +101,7 @@ class Decoder:
         return self._head(self._norm(x[wanted], self.weights.final_norm))
 
     def summarise(self, logits: Tensor) -> Summary:
-        """Operations.summarise of what `forward` returned."""
+        """Operations.summarise of logits. Those that `forward` returned last must be as it returned them."""
         made = None if self._stack is None else self._stack.summary_of(logits)
         return made or self.operations.summarise(logits)
 
