@@ -44,7 +44,7 @@ class PrefillPacer:
             seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
         num_tokens = seconds / self._seconds_per_token
         is_half_nearer = num_tokens < (SMALLEST_CHUNK + CHUNK) / 2
-        return min(self.max_tokens, SMALLEST_CHUNK if is_half_nearer else max(round(num_tokens / CHUNK), 1) * CHUNK)
+        return min(self.max_tokens, SMALLEST_CHUNK if is_half_nearer else round(num_tokens / CHUNK) * CHUNK)
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""

@@ -93,9 +93,8 @@ class Rows:
         self.block_tables[row] = 0
         self.cross_tables[row, : len(init.cross_blocks)] = init.cross_blocks
         self.cross_lengths[row] = len(init.encoder_ids)
-        self._special.discard(row)
-        if not self.parameters["is_plain"][row] or self.parameters["num_top"][row]:
-            self._special.add(row)
+        wants_best_only = self.parameters["is_plain"][row] and not self.parameters["num_top"][row]
+        (self._special.discard if wants_best_only else self._special.add)(row)
         if self.parameters["needs_counts"][row]:
             self.counts.start(row, init.prompt_ids, init.output_ids)
 
