@@ -9,17 +9,18 @@ export PYTHONUNBUFFERED := 1
 up: .venv/stamp-serve
 	@exec $(BIN)/inferfleet up $(ARGS)
 
-# fleets whose leases and timers are under test have the machine for themselves; the rest shares its cores,
-# where threads that wait must not take what the other tests compute with
+# fleets whose leases and timers are under test wait more than they compute, and share cores with their like alone;
+# threads that wait must not take what other tests compute with
 FLEETS := tests/faults tests/browser $(addprefix tests/conformance/test_,first_hour.py footprint.py readme.py)
+SHARED := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 test: .venv/stamp-test .venv/stamp-clients
 	@ops/test_packages.sh
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
 else
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(FLEETS:%=--ignore=%) --ignore=tests/triton
-	$(BIN)/python -m pytest -m "not soak" $(FLEETS)
+	$(SHARED) $(FLEETS:%=--ignore=%) --ignore=tests/triton
+	$(SHARED) $(FLEETS)
 endif
 
 # GPU kernels on a CPU: what they compute in Triton's interpreter, then what its compiler makes of them
