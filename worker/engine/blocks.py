@@ -3,6 +3,9 @@
 A block is in use (reference count above zero) or free. A free block may still be remembered under the digest of what it
 holds: the freed blocks are the cache, there is no other. Block 0 is the null block and never handed out.
 
+Attention reads the blocks of a request from memory one behind the other, a fifth faster where they lie so. Blocks of
+one request therefore come out of a group of neighbours as long as there is one free, and go back group by group.
+
 Digests are chained, so that one digest stands for a whole prefix (as in nano-vllm and vLLM): 128 bits of blake2b
 over the digest of the block before and the token ids. The chain starts from a secret of this process, the tenant's
 salt and the adapter: prefixes of one tenant are neither shared with another one nor to be guessed by timing, and keys
@@ -16,12 +19,16 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 DIGEST_BYTES = 16
 
 SPAN_BLOCKS = 16
 MAX_SPANS = 4096
 """Remembered at a time; a kilobyte each."""
+
+GROUP_BLOCKS = 8
+"""Neighbours that one request gets if it can. More bring hardly anything (docs/performance.md)."""
 
 
 class BlockDigests:
@@ -80,17 +87,18 @@ class BlockPool:
         self._num_holders = [0] * (num_blocks + 1)
         self._digest_of: list[bytes | None] = [None] * (num_blocks + 1)
         self._block_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+        self._forgotten: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+        self._remembered: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Blocks that can be handed out, remembered ones included."""
-        return len(self._free)
+        return len(self._forgotten) + len(self._remembered)
 
     @property
     def num_cached(self) -> int:
         """Free blocks that are still remembered."""
-        return sum(self._digest_of[block] is not None for block in self._free)
+        return len(self._remembered)
 
     def lookup(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of the longest remembered prefix of `digests`. Changes nothing."""
@@ -107,24 +115,28 @@ class BlockPool:
 
     def can_hold(self, hits: Sequence[int], num_new: int) -> bool:
         """Whether `share(hits)` leaves `num_new` blocks to allocate."""
-        return len(self._free) - (len(hits) - self.num_in_use(hits)) >= num_new
+        return self.num_free - (len(hits) - self.num_in_use(hits)) >= num_new
 
     def share(self, blocks: Iterable[int]) -> None:
         """One holder more for each block; a free one is taken out of the free list, content and all."""
         for block in blocks:
             if self._num_holders[block] == 0:
-                del self._free[block]
+                del self._free_like(block)[block]
             self._num_holders[block] += 1
 
-    def allocate(self, num_blocks: int) -> list[int]:
-        """Blocks that were free the longest; what they held is forgotten.
+    def allocate(self, num_blocks: int, behind: int = 0) -> list[int]:
+        """Blocks to follow block `behind` of a table: the rest of its group, and then groups that were free the longest.
+        No remembered one while there are others; what they held is forgotten.
 
         Raises:
             ValueError: if fewer are free.
         """
-        if num_blocks > len(self._free):
-            raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} are free")
-        return [self._take_oldest() for _ in range(num_blocks)]
+        if num_blocks > self.num_free:
+            raise ValueError(f"{num_blocks} blocks wanted, {self.num_free} are free")
+        blocks = [behind]
+        for _ in range(num_blocks):
+            blocks.append(self._take_behind(blocks[-1]))
+        return blocks[1:]
 
     def register(self, block: int, digest: bytes) -> None:
         """Remember a full block whose keys and values are written. An equal block known already stays the known one."""
@@ -137,26 +149,27 @@ class BlockPool:
         for block in blocks:
             digest = self._digest_of[block]
             if digest is not None:
+                if self._num_holders[block] == 0:
+                    del self._remembered[block]
+                    self._forgotten[block] = None
                 del self._block_of[digest]
                 self._digest_of[block] = None
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each block of a table.
 
-        Backwards, so that of one sequence the tail is forgotten before its head. A block nobody can find again is the
-        first to be reused.
+        The last group first, so that of one sequence the tail is forgotten before its head. Blocks nobody can find
+        again are the first to be reused.
 
         Raises:
             ValueError: if a block has no holder.
         """
-        for block in reversed(blocks):
-            if self._num_holders[block] <= 0:
-                raise ValueError(f"block {block} is released without a holder")
-            self._num_holders[block] -= 1
-            if self._num_holders[block] == 0:
-                self._free[block] = None
-                if self._digest_of[block] is None:
-                    self._free.move_to_end(block, last=False)
+        freed = [block for group in reversed(_groups(blocks)) for block in group if self._is_last_holder(block)]
+        for block in freed:
+            self._free_like(block)[block] = None
+        for block in reversed(freed):
+            if self._digest_of[block] is None:
+                self._forgotten.move_to_end(block, last=False)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the books with the block tables of everyone who holds blocks.
@@ -170,17 +183,50 @@ class BlockPool:
                 expected[block] += 1
         if expected != self._num_holders:
             raise ValueError(f"holders are {self._num_holders}, tables say {expected}")
-        if expected[0] or 0 in self._free:
+        free = [*self._forgotten, *self._remembered]
+        if expected[0] or 0 in free:
             raise ValueError("the null block was handed out")
         num_used = sum(count > 0 for count in expected)
-        if num_used + len(self._free) != self.num_blocks or any(expected[block] for block in self._free):
-            raise ValueError(f"{num_used} used and {len(self._free)} free of {self.num_blocks} blocks")
+        if num_used + len(free) != self.num_blocks or any(expected[block] for block in free):
+            raise ValueError(f"{num_used} used and {len(free)} free of {self.num_blocks} blocks")
+        if any(block not in self._free_like(block) for block in free):
+            raise ValueError("a free block is remembered among those forgotten, or the other way round")
         remembered = {digest: block for block, digest in enumerate(self._digest_of) if digest is not None}
         if remembered != self._block_of:
             raise ValueError("the map of digests and the blocks disagree")
 
-    def _take_oldest(self) -> int:
-        block, _ = self._free.popitem(last=False)
+    def _is_last_holder(self, block: int) -> bool:
+        if self._num_holders[block] <= 0:
+            raise ValueError(f"block {block} is released without a holder")
+        self._num_holders[block] -= 1
+        return self._num_holders[block] == 0
+
+    def _take_behind(self, behind: int) -> int:
+        free, block = self._forgotten or self._remembered, behind + 1
+        if _group_of(block) != _group_of(behind) or block not in free:
+            block = _begin_group(free)
         self.forget([block])
+        del self._forgotten[block]
         self._num_holders[block] = 1
         return block
+
+    def _free_like(self, block: int) -> OrderedDict[int, None]:
+        """Where the block is while it is free."""
+        return self._forgotten if self._digest_of[block] is None else self._remembered
+
+
+def _begin_group(free: OrderedDict[int, None]) -> int:
+    """The block that was free the longest. Those behind it are left to whoever takes it while there are others."""
+    first = next(iter(free))
+    for block in range(first + 1, (_group_of(first) + 1) * GROUP_BLOCKS + 1):
+        if block in free:
+            free.move_to_end(block)
+    return first
+
+
+def _group_of(block: int) -> int:
+    return (block - 1) // GROUP_BLOCKS
+
+
+def _groups(blocks: Sequence[int]) -> list[list[int]]:
+    return [list(members) for _, members in groupby(blocks, _group_of)]

@@ -254,7 +254,7 @@ class Scheduler:
             if not self._preempt_youngest(request, builder):
                 return False
         if num_missing > 0:
-            blocks = self.pool.allocate(num_missing)
+            blocks = self.pool.allocate(num_missing, behind=residency.blocks[-1] if residency.blocks else 0)
             residency.blocks += blocks
             builder.grow(residency.row, num_held, blocks)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from itertools import pairwise
 
@@ -10,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker.engine.blocks import DIGEST_BYTES, SPAN_BLOCKS, BlockDigests, BlockPool
+from worker.engine.blocks import DIGEST_BYTES, GROUP_BLOCKS, SPAN_BLOCKS, BlockDigests, BlockPool
 
-NUM_BLOCKS = 9
+NUM_BLOCKS = 2 * GROUP_BLOCKS + 1
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -28,15 +29,16 @@ class PoolMachine(RuleBasedStateMachine):
     def forget_reused(self, blocks: list[int]) -> None:
         self.known = {digest: block for digest, block in self.known.items() if block not in blocks}
 
-    @rule(count=st.integers(0, 4))
-    def allocate(self, count: int) -> None:
+    @rule(count=st.integers(0, GROUP_BLOCKS + 1), data=st.data())
+    def allocate(self, count: int, data: st.DataObject) -> None:
+        behind = data.draw(st.sampled_from([0, *(table[-1] for table in self.tables if table)]))
         free = self.pool.num_free
         if count > free:
             with pytest.raises(ValueError, match="are free"):
-                self.pool.allocate(count)
+                self.pool.allocate(count, behind)
             return
         num_unknown = free - self.pool.num_cached
-        blocks = self.pool.allocate(count)
+        blocks = self.pool.allocate(count, behind)
         assert len(set(blocks)) == count
         if count <= num_unknown:
             assert not set(blocks) & set(self.known.values()), "a remembered block went before a forgotten one"
@@ -99,12 +101,44 @@ def filled(num_blocks: int) -> tuple[BlockPool, list[int], list[bytes]]:
     return pool, blocks, digests
 
 
-def test_the_tail_of_a_sequence_is_forgotten_before_its_head() -> None:
-    pool, blocks, digests = filled(4)
+def test_the_last_group_of_a_sequence_is_forgotten_before_those_before_it() -> None:
+    pool, blocks, digests = filled(3 * GROUP_BLOCKS)
     pool.release(blocks)
-    assert pool.num_cached == 4
-    assert pool.allocate(2) == [blocks[3], blocks[2]]
-    assert pool.lookup(digests) == blocks[:2]
+    assert pool.num_cached == 3 * GROUP_BLOCKS
+    assert pool.allocate(GROUP_BLOCKS + 1) == [*blocks[-GROUP_BLOCKS:], blocks[GROUP_BLOCKS]]
+    assert pool.lookup(digests) == blocks[:GROUP_BLOCKS]
+
+
+def grown_in_turn(pool: BlockPool, num_tables: int, length: int) -> list[list[int]]:
+    tables: list[list[int]] = [[] for _ in range(num_tables)]
+    for _, table in itertools.product(range(length), tables):
+        table += pool.allocate(1, behind=table[-1] if table else 0)
+    return tables
+
+
+def num_neighbours(tables: list[list[int]]) -> int:
+    return sum(second == first + 1 for table in tables for first, second in pairwise(table))
+
+
+def test_tables_that_grow_in_turn_lie_in_groups_of_neighbours_again_and_again() -> None:
+    pool, length = BlockPool(4 * 2 * GROUP_BLOCKS), 2 * GROUP_BLOCKS
+    for number in range(3):
+        tables = grown_in_turn(pool, 4, length)
+        assert num_neighbours(tables) >= 4 * 2 * (GROUP_BLOCKS - 1)
+        for index, block in enumerate(itertools.chain(*tables)):
+            pool.register(block, f"{number} {index}".encode())
+        pool.check(tables)
+        assert not pool.num_free
+        for table in tables:
+            pool.release(table)
+    assert pool.num_cached == 4 * length
+
+
+def test_neighbours_that_wait_for_a_table_go_to_others_when_there_is_nothing_else() -> None:
+    pool = BlockPool(GROUP_BLOCKS)
+    (first,) = pool.allocate(1)
+    others = pool.allocate(GROUP_BLOCKS - 1)
+    assert sorted([first, *others]) == list(range(1, GROUP_BLOCKS + 1))
 
 
 def test_a_block_used_again_lives_longer_than_one_that_was_not() -> None:
@@ -150,7 +184,7 @@ def leak(pool: BlockPool, blocks: list[int]) -> None:
 
 
 def lose(pool: BlockPool, blocks: list[int]) -> None:
-    pool._free.popitem()
+    pool._remembered.popitem()
 
 
 def forget(pool: BlockPool, blocks: list[int]) -> None:
@@ -158,7 +192,7 @@ def forget(pool: BlockPool, blocks: list[int]) -> None:
 
 
 def hand_out_null(pool: BlockPool, blocks: list[int]) -> None:
-    pool._free[0] = None
+    pool._forgotten[0] = None
 
 
 @pytest.mark.parametrize("damage", [leak, lose, forget, hand_out_null])

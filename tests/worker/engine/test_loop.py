@@ -152,7 +152,7 @@ class KeepsLateTokens(Scheduler):
 
 
 MISTAKES = [
-    (RegistersWhenScheduled, DeviceMisuse, "pages hold other"),
+    (RegistersWhenScheduled, DeviceMisuse, "pages hold (other|another)"),
     (FreesAtOnce, DeviceMisuse, "while in flight"),
     (HitsWholePrompt, DeviceMisuse, "no rows|token counts|middle of a prompt"),
     (ReusesRows, DeviceMisuse, "is occupied|while in flight"),
