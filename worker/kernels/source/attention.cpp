@@ -1058,6 +1058,19 @@ void find_block(const Call& call, const Item& item, int64_t block, Places& place
     locate(call, item.row, item.head, block * BLOCK, places.count, places.at);
 }
 
+// What is called from memory during a block: the next one. Where that is an item's last and is short, so many tokens of the
+// next item follow that together they are a block: during a short one there would be no time for all of them.
+Places coming_places(const Call& call, const Item& item, const Item* next_item, int64_t block, int64_t last_block) {
+    Places coming, others;
+    if (block < last_block) find_block(call, item, block + 1, coming);
+    if (block + 1 < last_block || !next_item) return coming;
+    find_block(call, *next_item, first_block(call, *next_item), others);
+    bool is_called_already = block == last_block && block > first_block(call, item);
+    int64_t first = is_called_already ? BLOCK - std::min(BLOCK, end_key(call, item) - block * BLOCK) : 0;
+    for (int64_t token = first; token < others.count && coming.count < BLOCK; ++token) coming.at[coming.count++] = others.at[token];
+    return coming;
+}
+
 // Keys as they lie in memory, the first of each group of 16, `stride` bytes apart.
 struct KeysInPlace {
     const char* groups[GROUPS] = {};
@@ -1164,22 +1177,21 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
         if (way == IN_PLACE || way == TURNED) turn_queries(own.queries + head * head_rows * own.num_units, num_tiles * own.num_units);
     }
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
+    int64_t last_block = ceil_div(std::min((last_segment + 1) * SEGMENT, end), BLOCK) - 1;
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
         own.state.reset(item.num_heads * head_rows, own.columns);
         int64_t end_block = ceil_div(std::min((segment + 1) * SEGMENT, end), BLOCK);
         for (; block < end_block; ++block) {
-            Places next;
-            if (block + 1 < end_block || segment < last_segment) find_block(call, item, block + 1, next);
-            else if (next_item) find_block(call, *next_item, first_block(call, *next_item), next);
+            int64_t num_keys = std::min(BLOCK, end - block * BLOCK);
+            Places next = coming_places(call, item, next_item, block, last_block);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 Coming coming(call, next, head, item.num_heads, size, num_turns);
                 int64_t offset = head * call.head_bytes;
                 lay_out(call, places, offset, coming, way, own);
                 KeysInPlace keys = find_keys(call, places, offset, way, own);
-                run_block(call, way, block * BLOCK, head * head_rows, num_rows, std::min(BLOCK, end - block * BLOCK), keys,
-                          coming, own);
+                run_block(call, way, block * BLOCK, head * head_rows, num_rows, num_keys, keys, coming, own);
             }
-            places = next;
+            places = next, places.count = std::min(BLOCK, end - (block + 1) * BLOCK);
         }
         if (segment == item.segment) {
             std::swap(own.state, own.total);
