@@ -125,8 +125,8 @@ class BlockPool:
             self._num_holders[block] += 1
 
     def allocate(self, num_blocks: int, behind: int = 0) -> list[int]:
-        """Blocks to follow block `behind` of a table: the rest of its group, and then groups that were free the longest.
-        No remembered one while there are others; what they held is forgotten.
+        """Blocks to follow block `behind` of a table: the rest of its group, then groups that were free the longest. No
+        remembered one while there are others; what they held is forgotten.
 
         Raises:
             ValueError: if fewer are free.
