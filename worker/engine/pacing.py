@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CHUNK, SMALLEST_CHUNK = 32, 16
 """Tokens, of which others are multiples: queries and keys then fill the blocks that attention and products work by.
-Where not even one has room a half of it is taken."""
+Where not even one has room it is a half of it."""
 WEIGHT_OF_LAST = 0.3
 STEPS_UNTIL_LOOK = 16
 """Steps with prompts after which one goes without: streams grow meanwhile, and what their own tokens take would count
@@ -32,8 +32,8 @@ class PrefillPacer:
         self._num_mixed = 0
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
-        """For a step beside so many requests that decode, some of which began before the next prompt came or not: the
-        nearest multiple of CHUNK, or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
+        """For a step beside so many requests that decode, some of which began before the next prompt came or not: as
+        many times CHUNK as have room, or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
         if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)
@@ -42,9 +42,8 @@ class PrefillPacer:
             if self._num_mixed >= STEPS_UNTIL_LOOK:
                 return 0
             seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
-        num_tokens = seconds / self._seconds_per_token
-        is_half_nearer = num_tokens < (SMALLEST_CHUNK + CHUNK) / 2
-        return min(self.max_tokens, SMALLEST_CHUNK if is_half_nearer else round(num_tokens / CHUNK) * CHUNK)
+        num_chunks = max(int(seconds / self._seconds_per_token / CHUNK), 0)
+        return min(self.max_tokens, num_chunks * CHUNK or SMALLEST_CHUNK)
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""
