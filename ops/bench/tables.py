@@ -39,7 +39,9 @@ TABLES: dict[str, Table] = {
     "prefix": Table("prefix.json", prefix.table),
     "prefix-zen4": Table("prefix-zen4.json", prefix.table),
     "scaling": Table("scaling.json", scaling.table),
+    "scaling-zen4": Table("scaling-zen4.json", scaling.table),
     "serving": Table("serving.json", serving_peers.table),
+    "serving-zen4": Table("serving-zen4.json", serving_peers.table),
     "long-prompts": Table("long_prompts.json", long_prompts.table),
     "long-prompts-zen4": Table("long_prompts-zen4.json", long_prompts.table),
     "speculation": Table("speculation.json", speculation.table_of_file),
@@ -49,6 +51,8 @@ TABLES: dict[str, Table] = {
 PLOTS: dict[str, Table] = {
     "scaling-batch.svg": Table("scaling.json", partial(scaling.plot, varied="batch")),
     "scaling-context.svg": Table("scaling.json", partial(scaling.plot, varied="context")),
+    "scaling-batch-zen4.svg": Table("scaling-zen4.json", partial(scaling.plot, varied="batch")),
+    "scaling-context-zen4.svg": Table("scaling-zen4.json", partial(scaling.plot, varied="context")),
 }
 
 
