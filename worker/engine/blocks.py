@@ -164,7 +164,7 @@ class BlockPool:
         Raises:
             ValueError: if a block has no holder.
         """
-        freed = [block for group in reversed(_groups(blocks)) for block in group if self._is_last_holder(block)]
+        freed = [block for group in reversed(_groups(blocks)) for block in group if self._let_go(block)]
         for block in freed:
             self._free_like(block)[block] = None
         for block in reversed(freed):
@@ -195,7 +195,8 @@ class BlockPool:
         if remembered != self._block_of:
             raise ValueError("the map of digests and the blocks disagree")
 
-    def _is_last_holder(self, block: int) -> bool:
+    def _let_go(self, block: int) -> bool:
+        """One holder less; whether that was the last."""
         if self._num_holders[block] <= 0:
             raise ValueError(f"block {block} is released without a holder")
         self._num_holders[block] -= 1
