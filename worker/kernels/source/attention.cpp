@@ -1182,14 +1182,13 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
         own.state.reset(item.num_heads * head_rows, own.columns);
         int64_t end_block = ceil_div(std::min((segment + 1) * SEGMENT, end), BLOCK);
         for (; block < end_block; ++block) {
-            int64_t num_keys = std::min(BLOCK, end - block * BLOCK);
             Places next = coming_places(call, item, next_item, block, last_block);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 Coming coming(call, next, head, item.num_heads, size, num_turns);
                 int64_t offset = head * call.head_bytes;
                 lay_out(call, places, offset, coming, way, own);
                 KeysInPlace keys = find_keys(call, places, offset, way, own);
-                run_block(call, way, block * BLOCK, head * head_rows, num_rows, num_keys, keys, coming, own);
+                run_block(call, way, block * BLOCK, head * head_rows, num_rows, places.count, keys, coming, own);
             }
             places = next, places.count = std::min(BLOCK, end - (block + 1) * BLOCK);
         }
