@@ -6,6 +6,8 @@ CHUNK, SMALLEST_CHUNK = 32, 16
 """Tokens, of which others are multiples: queries and keys then fill the blocks that attention and products work by.
 Where not even one has room it is a half of it."""
 WEIGHT_OF_LAST = 0.3
+WEIGHT_FOR_OTHERS = 1 / 64
+"""What a step of one size says of those of another: little, but a size that looked too dear is tried again some day."""
 STEPS_UNTIL_LOOK = 16
 """Steps with prompts after which one goes without: streams grow meanwhile, and what their own tokens take would count
 as a cost of prompts."""
@@ -17,24 +19,26 @@ thousands of tokens for a few queries, counts as theirs."""
 
 
 class PrefillPacer:
-    """Learns what a prompt token and a step without prompts cost. A mixed step may last no longer than `limit_s`, and
-    beside streams that had begun before the prompt came, SHARE_OF_PROMPTS longer than the same step without prompts.
-    Of a burst, whose first streams begin while others of it still wait, the prompts come first. A `limit_s` of 0
-    switches both off.
+    """Learns what a step without prompts costs and, for steps of few and of many of them, a prompt token: few cost
+    little beside streams that wait for weights anyway, more cost what they compute. A mixed step may last no longer
+    than `limit_s`, and beside streams that had begun before the prompt came, SHARE_OF_PROMPTS longer than the same step
+    without prompts. Of a burst, whose first streams begin while others of it still wait, the prompts come first. A
+    `limit_s` of 0 switches both off.
 
     With nobody decoding the whole `max_tokens` are given: then nothing but the prompts themselves would wait.
     """
 
     def __init__(self, max_tokens: int, limit_s: float) -> None:
         self.max_tokens, self.limit_s = max_tokens, limit_s
-        self._seconds_per_token = 0.0
+        self._seconds_per_token: dict[int, float] = {}
+        """By the number of binary digits of a step's prompt tokens."""
         self._decode_s: dict[int, float] = {}
         self._num_mixed = 0
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
         """For a step beside so many requests that decode, some of which began before the next prompt came or not: as
         many times CHUNK as have room, or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
-        if not num_decodes or self.limit_s <= 0 or self._seconds_per_token <= 0:
+        if not num_decodes or self.limit_s <= 0 or not self._seconds_per_token:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)
         seconds = self.limit_s - decode_s
@@ -42,8 +46,14 @@ class PrefillPacer:
             if self._num_mixed >= STEPS_UNTIL_LOOK:
                 return 0
             seconds = min(seconds, SHARE_OF_PROMPTS * decode_s)
-        num_chunks = max(int(seconds / self._seconds_per_token / CHUNK), 0)
-        return min(self.max_tokens, num_chunks * CHUNK or SMALLEST_CHUNK)
+        return min(self.max_tokens, self._tokens_within(seconds))
+
+    def _tokens_within(self, seconds: float) -> int:
+        for size in range(self.max_tokens.bit_length(), CHUNK.bit_length() - 1, -1):
+            most = min(int(seconds / self._price(size)), (1 << size) - 1)
+            if (num_tokens := most // CHUNK * CHUNK) >= 1 << size - 1:
+                return num_tokens
+        return SMALLEST_CHUNK
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""
@@ -54,7 +64,18 @@ class PrefillPacer:
         elif num_prompt_tokens >= min(SMALLEST_CHUNK, self.max_tokens):
             # what a hiccup of decoding made cheaper than nothing is no cost
             rest = max(seconds - self._seconds_of(num_decodes), 0.1 * seconds)
-            self._seconds_per_token = _moved(self._seconds_per_token, rest / num_prompt_tokens)
+            self._note_price(num_prompt_tokens.bit_length(), rest / num_prompt_tokens)
+
+    def _note_price(self, size: int, seconds: float) -> None:
+        prices = self._seconds_per_token
+        prices[size] = _moved(self._price(size), seconds)
+        for other in prices.keys() - {size}:
+            prices[other] += WEIGHT_FOR_OTHERS * (seconds - prices[other])
+
+    def _price(self, size: int) -> float:
+        """Of a token in steps of that size, or of the nearest that was seen; 0.0 if none was."""
+        nearest = min(self._seconds_per_token, key=lambda known: abs(known - size), default=size)
+        return self._seconds_per_token.get(nearest, 0.0)
 
     def _seconds_of(self, num_decodes: int) -> float:
         """What a step of so many takes without prompts, or one of fewer that was seen; 0.0 if there was none."""

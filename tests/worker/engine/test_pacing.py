@@ -64,6 +64,31 @@ def test_the_cost_of_prompts_is_what_mixed_steps_take_beyond_decoding() -> None:
     assert pacer.budget(4, has_seniors=True) == just_below(1000 * SHARE_OF_PROMPTS * 0.05)
 
 
+def test_few_tokens_may_cost_less_than_half_of_twice_as_many() -> None:
+    pacer = PrefillPacer(4096, 10.0)
+    seconds = {16: 0.014, 32: 0.04}
+    for _ in range(200):
+        pacer.note(0, 4, 0.05)
+        pacer.note(16, 4, 0.05 + seconds[16])
+        pacer.note(32, 4, 0.05 + seconds[32])
+    assert SHARE_OF_PROMPTS * 0.05 / (seconds[16] / 16) > 32 > SHARE_OF_PROMPTS * 0.05 / (seconds[32] / 32)
+    assert pacer.budget(4, has_seniors=True) == 16, "the price of 16 tokens would have allowed 32"
+
+
+def test_a_size_that_looked_too_dear_is_tried_again() -> None:
+    pacer = paced(decode_s=0.1, limit_s=10.0)
+    pacer.note(32, 4, 0.132)
+    for _ in range(5):
+        pacer.note(64, 4, 1.0)
+    assert pacer.budget(4, has_seniors=True) == 32
+    tried = []
+    for _ in range(10 * 64):
+        pacer.note(0, 4, 0.1)
+        tried.append(pacer.budget(4, has_seniors=True))
+        pacer.note(tried[-1], 4, 0.1 + tried[-1] / 1000)
+    assert tried[:20] == [32] * 20 and tried[-20:] == [64] * 20
+
+
 def test_a_mixed_step_faster_than_decoding_does_not_open_the_gates() -> None:
     pacer = paced(decode_s=0.05, limit_s=1.0)
     pacer.note(100, 4, 0.04)
