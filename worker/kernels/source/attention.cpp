@@ -308,12 +308,12 @@ template <class E, int ROWS, int VECTORS, class Between>
 INLINE void some_sums_in_place(const uint32_t* weights, const typename E::Element* const* tokens, int64_t first,
                                int64_t num_units, const float* factors, float* results, int64_t columns,
                                const Between& between) {
-    Register own[ROWS][VECTORS * LANES / WIDTH];
+    floats sums[ROWS][VECTORS];
     for (int row = 0; row < ROWS; ++row)
-        for (int column = 0; column < VECTORS * LANES; column += WIDTH) {
-            memcpy(&own[row][column / WIDTH], results + row * columns + column, sizeof own[row][0]);
-            own[row][column / WIDTH] *= factors[row];
-        }
+        for (int vector = 0; vector < VECTORS; ++vector)
+            sums[row][vector] = load(results + row * columns + vector * LANES) * factors[row];
+    Register own[ROWS][VECTORS * LANES / WIDTH];
+    memcpy(own, sums, sizeof own);
     for (int64_t unit = 0; unit < num_units; ++unit, tokens += E::PER_UNIT) {
         between();
         const uint32_t* left = weights + unit / TILE * UNITS + unit % TILE;
@@ -323,7 +323,10 @@ INLINE void some_sums_in_place(const uint32_t* weights, const typename E::Elemen
                 own[row][column / WIDTH] = E::add(own[row][column / WIDTH], left[row * TILE], with);
         }
     }
-    for (int row = 0; row < ROWS; ++row) memcpy(results + row * columns, own[row], sizeof own[row]);
+    memcpy(sums, own, sizeof own);
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector)
+            store(results + row * columns + vector * LANES, sums[row][vector]);
 }
 
 // Calls run<ROWS, VECTORS>(first row, first vector) for all of them.
@@ -723,10 +726,13 @@ class Coming {
 
     // As much as belongs to `turns` of all.
     INLINE void call_some(int64_t turns = 1) {
-        for (due += turns * num_lines; due > 0 && token < end; due -= num_turns) {
-            call_line(keys + places.at[token] + line), call_line(values + places.at[token] + line);
-            if ((line += LINE) >= size) line = 0, ++token;
+        // in registers while it loops
+        int64_t still = due + turns * num_lines, at = line, of = token;
+        for (; still > 0 && of < end; still -= num_turns) {
+            call_line(keys + places.at[of] + at), call_line(values + places.at[of] + at);
+            if ((at += LINE) >= size) at = 0, ++of;
         }
+        due = still, line = at, token = of;
     }
 
     void call_rest() {
@@ -741,11 +747,10 @@ void gather(const Call& call, const char* pages, const Places& places, int64_t e
     bool is_direct = call.layer.page_kind == E::KIND && call.layer.head_dim % (LANES * E::PER_UNIT) == 0;
     int64_t elements = std::max(own.num_units * E::PER_UNIT, own.columns);
     auto* stage = stage_of<typename E::Element>(call.layer.page_kind);
-    for (int64_t key = 0; key < places.count; ++key) {
-        const char* place = pages + places.at[key];
-        rows[key] = is_direct ? (const typename E::Element*)place : own.staged + key * elements;
-        if (!is_direct) stage(place, call.layer.head_dim, elements, own.staged + key * elements);
-    }
+    for (int64_t key = 0; key < places.count; ++key)
+        rows[key] = is_direct ? (const typename E::Element*)(pages + places.at[key]) : own.staged + key * elements;
+    for (int64_t key = 0; !is_direct && key < places.count; ++key)
+        stage(pages + places.at[key], call.layer.head_dim, elements, own.staged + key * elements);
     for (int64_t key = places.count; key < end; ++key) rows[key] = own.zeros;
 }
 
@@ -773,6 +778,8 @@ void lay_out_keys(const typename E::Element* const* rows, int64_t num_groups, Co
     for (int64_t group = 0; group < num_groups; ++group)
         for (int64_t block = 0; block < own.num_units / TILE; ++block) {
             if (way == ALONE) coming.call_some(TURNS_OF_BLOCK);
+            // pointers kept for the next block would be moved through other registers, which takes longer
+            asm volatile("" : "+r"(rows));
             transpose((const uint32_t* const*)rows + group * LANES, block * TILE, own.keys + (block * GROUPS + group) * UNITS);
         }
 }
