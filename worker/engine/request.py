@@ -120,9 +120,10 @@ class Request:
 
     def finish(self) -> str:
         """How the last known token ends the request, in TGI's order: length, end, stop; "" when it goes on."""
-        if self.num_output >= self.params.max_new_tokens:
+        num_output = self.num_output
+        if num_output >= self.params.max_new_tokens:
             return "length"
-        if self.num_output <= self.params.min_tokens:
+        if num_output <= self.params.min_tokens:
             return ""
         if self.tokens[-1] in self.eos_ids:
             return "eos_token"

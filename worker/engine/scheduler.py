@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,8 +93,7 @@ def limits_of(ready: Ready, *, prefix_caching: bool, max_loras: int = 1, max_dra
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Picks:
+class Picks(NamedTuple):
     """What one row sampled, as in StepResult."""
 
     ids: list[int]
@@ -224,7 +224,8 @@ class Scheduler:
         num_tokens = request.num_uncomputed(residency.num_computed)
         if num_tokens > 1:
             num_tokens = min(num_tokens, builder.prompt_budget)
-        drafts = drafts[: self._num_draft_places(residency)]
+        if drafts:
+            drafts = drafts[: self._num_draft_places(residency)]
         if num_tokens > 0 and self._grow(request, residency, num_tokens + len(drafts), builder):
             self._add(request, residency, num_tokens, builder, drafts)
 
@@ -241,22 +242,23 @@ class Scheduler:
         builder: PlanBuilder,
         drafts: Sequence[int] = (),
     ) -> None:
-        is_chunk = residency.num_computed + num_tokens < request.num_total
-        self.stats.chunked_prompts += is_chunk and not request.was_chunked
-        request.was_chunked |= is_chunk
+        if residency.num_computed + num_tokens < request.num_total:
+            self.stats.chunked_prompts += not request.was_chunked
+            request.was_chunked = True
         builder.add(request, residency, num_tokens, drafts)
 
     def _grow(self, request: Request, residency: Residency, num_tokens: int, builder: PlanBuilder) -> bool:
         """Give the request blocks for its next tokens, if need be at the cost of younger ones."""
         num_held = len(residency.blocks)
         num_missing = self._blocks_for(residency.num_computed + num_tokens) - num_held
+        if num_missing <= 0:
+            return True
         while num_missing > self.pool.num_free:
             if not self._preempt_youngest(request, builder):
                 return False
-        if num_missing > 0:
-            blocks = self.pool.allocate(num_missing, behind=residency.blocks[-1] if residency.blocks else 0)
-            residency.blocks += blocks
-            builder.grow(residency.row, num_held, blocks)
+        blocks = self.pool.allocate(num_missing, behind=residency.blocks[-1] if residency.blocks else 0)
+        residency.blocks += blocks
+        builder.grow(residency.row, num_held, blocks)
         return True
 
     def _preempt_youngest(self, needy: Request, builder: PlanBuilder) -> bool:
