@@ -87,6 +87,9 @@ class BlockPool:
         self._num_holders = [0] * (num_blocks + 1)
         self._digest_of: list[bytes | None] = [None] * (num_blocks + 1)
         self._block_of: dict[bytes, int] = {}
+        self._released = [0] * (num_blocks + 1)
+        """When each block was given back last: blocks of one table at once, those that wait for a table never."""
+        self._num_releases = 0
         self._forgotten: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._remembered: OrderedDict[int, None] = OrderedDict()
 
@@ -164,8 +167,10 @@ class BlockPool:
         Raises:
             ValueError: if a block has no holder.
         """
+        self._num_releases += 1
         freed = [block for group in reversed(_groups(blocks)) for block in group if self._let_go(block)]
         for block in freed:
+            self._released[block] = self._num_releases
             self._free_like(block)[block] = None
         for block in reversed(freed):
             if self._digest_of[block] is None:
@@ -204,25 +209,30 @@ class BlockPool:
 
     def _take_behind(self, behind: int) -> int:
         free, block = self._forgotten or self._remembered, behind + 1
-        if _group_of(block) != _group_of(behind) or block not in free:
-            block = _begin_group(free)
+        if _group_of(block) != _group_of(behind) or not self._is_due(block, free):
+            block = self._begin_group(free)
         self.forget([block])
         del self._forgotten[block]
         self._num_holders[block] = 1
         return block
 
+    def _begin_group(self, free: OrderedDict[int, None]) -> int:
+        """The block that was free the longest. Those behind it are left to whoever takes it while there are others."""
+        first = next(iter(free))
+        for block in range(first + 1, (_group_of(first) + 1) * GROUP_BLOCKS + 1):
+            if self._is_due(block, free):
+                free.move_to_end(block)
+                self._released[block] = 0
+        return first
+
+    def _is_due(self, block: int, free: OrderedDict[int, None]) -> bool:
+        """Whether the block may be the next to go: what was used after the first in line is not forgotten before it,
+        neighbour or not."""
+        return block in free and (free is self._forgotten or self._released[block] <= self._released[next(iter(free))])
+
     def _free_like(self, block: int) -> OrderedDict[int, None]:
         """Where the block is while it is free."""
         return self._forgotten if self._digest_of[block] is None else self._remembered
-
-
-def _begin_group(free: OrderedDict[int, None]) -> int:
-    """The block that was free the longest. Those behind it are left to whoever takes it while there are others."""
-    first = next(iter(free))
-    for block in range(first + 1, (_group_of(first) + 1) * GROUP_BLOCKS + 1):
-        if block in free:
-            free.move_to_end(block)
-    return first
 
 
 def _group_of(block: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from array import array
 from itertools import pairwise
 
@@ -139,6 +140,31 @@ def test_neighbours_that_wait_for_a_table_go_to_others_when_there_is_nothing_els
     (first,) = pool.allocate(1)
     others = pool.allocate(GROUP_BLOCKS - 1)
     assert sorted([first, *others]) == list(range(1, GROUP_BLOCKS + 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_history_in_use_is_not_forgotten_for_neighbours_of_old_blocks(seed: int) -> None:
+    generator, pool = random.Random(seed), BlockPool(8 * GROUP_BLOCKS)
+    chat: list[bytes] = []
+    num_evicted = 0
+
+    def visit(digests: list[bytes], num_more: int) -> int:
+        hits = pool.lookup(digests)
+        pool.share(hits)
+        table = hits + pool.allocate(len(digests) - len(hits) + num_more, behind=hits[-1] if hits else 0)
+        for block, digest in zip(table, digests):
+            pool.register(block, digest)
+        pool.release(table)
+        return len(hits)
+
+    for turn in range(200):
+        if len(chat) > 4 * GROUP_BLOCKS:
+            chat = []
+        known, chat = len(chat), [*chat, *(f"chat {turn} {index}".encode() for index in range(5))]
+        assert visit(chat, generator.randint(0, 1)) == known
+        visit([f"{turn} {index}".encode() for index in range(generator.randint(1, GROUP_BLOCKS))], 0)
+        num_evicted += pool.num_free - pool.num_cached <= 1
+    assert num_evicted > 100, "the pool was hardly ever full"
 
 
 def test_a_block_used_again_lives_longer_than_one_that_was_not() -> None:
