@@ -10,7 +10,8 @@ a draft that equals what was sampled before it was no guess: the tokens are thos
     sampled behind                                        sat  on   a    …              3 tokens in one step
 
 How likely drafts are right is known before any is tried: what would have been guessed is compared with every token
-that comes, whether a step tried it or not. What they cost is measured: the time of steps with so many of them.
+that comes, whether a step tried it or not. What they cost is measured: the time of steps with so many of them, beside
+that of steps without.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ LEAST_CHANCE = 0.01
 NUM_RECENT_TIMES = 8
 NUM_TRIES = 3
 MAX_AGE = 512
+STEPS_UNTIL_PLAIN = 64
+"""Steps after which one goes without drafts, to compare them with."""
 ASSUMED_COST = 0.25
+LEAST_GAIN = 1.02
+"""What is worth less is within the error of what was measured."""
 LEAST_SECONDS = 1e-9
 
 NOWHERE = -1
@@ -159,8 +164,9 @@ class Lookup:
 
 
 class StepTimes:
-    """How long steps without prompts take, by rows and drafts in them: the shortest of the last few, for the others
-    were disturbed. What was not seen for long is forgotten, because contexts grow and machines change."""
+    """How many times as long as one without drafts a step with some takes, neither with prompts, by rows and drafts in
+    it: the median of the last few. Each was compared with steps without drafts of the same moment, since machines are
+    faster and slower by a third from one second to the next. What was not seen for long is forgotten."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], deque[tuple[int, float]]] = {}
@@ -168,14 +174,22 @@ class StepTimes:
 
     def note(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         self._num_noted += 1
-        times = self._seen.setdefault(_kind(num_rows, num_drafts), deque(maxlen=NUM_RECENT_TIMES))
-        times.append((self._num_noted, max(seconds, LEAST_SECONDS)))
+        unit = self.of(num_rows, 0) if num_drafts else 1.0
+        if unit is not None:
+            times = self._seen.setdefault(_kind(num_rows, num_drafts), deque(maxlen=NUM_RECENT_TIMES))
+            times.append((self._num_noted, max(seconds, LEAST_SECONDS) / unit))
+
+    def can_compare(self, num_rows: int) -> bool:
+        """Whether it is known what a step without drafts takes; if not, one must be made."""
+        times = self._seen.get(_kind(num_rows, 0), ())
+        has_fresh = any(self._num_noted - number < STEPS_UNTIL_PLAIN for number, _ in times)
+        return has_fresh and self.of(num_rows, 0) is not None
 
     def of(self, num_rows: int, num_drafts: int) -> float | None:
-        """Seconds; None if such steps must be tried first."""
+        """Seconds without drafts, a factor with some. None if such steps must be tried first."""
         times = self._seen.get(_kind(num_rows, num_drafts), ())
-        fresh = [seconds for number, seconds in times if self._num_noted - number < MAX_AGE]
-        return min(fresh) if len(fresh) >= NUM_TRIES else None
+        fresh = sorted(time for number, time in times if self._num_noted - number < MAX_AGE)
+        return fresh[len(fresh) // 2] if len(fresh) >= NUM_TRIES else None
 
 
 def _kind(num_rows: int, num_drafts: int) -> tuple[int, int]:
@@ -218,14 +232,13 @@ class Speculator:
     def _num_worthwhile(self, num_rows: int, chances: Sequence[float]) -> int:
         """How many of these guesses, the likeliest first, a step should try: the number that brings most tokens a
         second. What was never measured is assumed to cost a quarter of a row for each draft."""
-        plain = self.times.of(num_rows, 0) if chances else None
-        if plain is None:
+        if not chances or not self.times.can_compare(num_rows):
             return 0
-        best, best_rate, seconds, num_before = 0, num_rows / plain, plain, 0
+        best, best_rate, factor, num_before = 0, LEAST_GAIN * num_rows, 1.0, 0
         for count in _doubling(min(len(chances), MAX_DRAFTS_PER_STEP)):
-            assumed = seconds + ASSUMED_COST * (count - num_before) * plain / num_rows
-            seconds, num_before = self.times.of(num_rows, count) or assumed, count
-            rate = (num_rows + sum(chances[:count])) / seconds
+            assumed = factor + ASSUMED_COST * (count - num_before) / num_rows
+            factor, num_before = self.times.of(num_rows, count) or assumed, count
+            rate = (num_rows + sum(chances[:count])) / factor
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

@@ -27,6 +27,7 @@ from worker.engine.speculation import (
     MAX_DRAFTS_PER_STEP,
     MAX_INDEXED_TOKENS,
     NUM_TRIES,
+    STEPS_UNTIL_PLAIN,
     Chances,
     Lookup,
     Speculator,
@@ -173,20 +174,39 @@ def test_a_step_tries_as_many_as_bring_the_most_tokens_a_second(
     assert speculator._num_worthwhile(num_rows, [chance**place for place in range(1, 9)]) == expected
 
 
-def test_the_shortest_recent_time_counts_and_old_ones_are_forgotten() -> None:
+def test_recent_times_count_and_old_ones_are_forgotten() -> None:
     times = StepTimes()
     for seconds in (9.0, 1.0):
         times.note(4, 0, seconds)
     assert times.of(4, 0) is None, "two are too few"
-    times.note(4, 0, 5.0)
-    assert times.of(4, 0) == 1.0
+    times.note(4, 0, 2.0)
+    assert times.of(4, 0) == 2.0
     assert times.of(4, 1) is times.of(40, 0) is None
     for _ in range(8):
-        times.note(4, 0, 2.0)
-    assert times.of(4, 0) == 2.0
+        times.note(4, 0, 3.0)
+    assert times.of(4, 0) == 3.0
     for _ in range(MAX_AGE):
         times.note(4, 1, 3.0)
     assert times.of(4, 0) is None
+
+
+def test_drafts_are_not_cheaper_for_having_been_tried_while_the_machine_was_fast() -> None:
+    speculator = Speculator(8)
+    timed(speculator, 4, {0: 1.0, 1: 1.3, 2: 1.6, 4: 2.2})
+    timed(speculator, 4, {0: 2.0})
+    timed(speculator, 4, {0: 2.0})
+    assert speculator.times.of(4, 2) == 1.6
+    assert speculator._num_worthwhile(4, [0.1] * 4) == 0, "2.2 seconds are little more than 2"
+
+
+def test_among_many_steps_with_drafts_there_is_one_without_to_compare_them_with() -> None:
+    speculator, num_plain = Speculator(8), 0
+    timed(speculator, 1, {0: 1.0})
+    for _ in range(10 * STEPS_UNTIL_PLAIN):
+        count = speculator._num_worthwhile(1, [0.9])
+        num_plain += not count
+        speculator.times.note(1, count, 1.1 if count else 1.0)
+    assert 9 <= num_plain <= 10
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.lists(st.integers(0, 2), max_size=8))
