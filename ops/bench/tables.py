@@ -45,6 +45,7 @@ TABLES: dict[str, Table] = {
     "long-prompts": Table("long_prompts.json", long_prompts.table),
     "long-prompts-zen4": Table("long_prompts-zen4.json", long_prompts.table),
     "speculation": Table("speculation.json", speculation.table_of_file),
+    "speculation-zen4": Table("speculation-zen4.json", speculation.table_of_file),
     "triton": Table("triton.json", kernels.summary),
 }
 
