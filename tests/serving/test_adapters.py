@@ -165,11 +165,22 @@ def test_every_adapter_answers_in_its_own_way(served: Served) -> None:
 
 
 async def test_loading_and_unloading_under_load_loses_nothing(served: Served, client: httpx.AsyncClient) -> None:
-    early = [Stream(name, number) for number in range(3) for name in ("", "fr")]
-    tasks = [asyncio.create_task(stream.run(client)) for stream in early]
-    await until(lambda: all(len(stream.ids) >= 10 for stream in early))
+    early: list[Stream] = []
+    is_loaded = asyncio.Event()
+
+    async def again_and_again(name: str, number: int) -> None:
+        while not is_loaded.is_set():
+            stream = Stream(name, number)
+            early.append(stream)
+            await stream.run(client)
+
+    kinds = [(name, number) for number in range(3) for name in ("", "fr")]
+    tasks = [asyncio.create_task(again_and_again(*kind)) for kind in kinds]
+    await until(lambda: sum(len(stream.ids) >= 10 for stream in early) >= len(kinds))
     await asyncio.gather(*[load(client, served, name) for name in ("sql", "late")])
-    assert sum(stream.is_in_the_middle for stream in early) >= 3, "there was load"
+    await until(lambda: sum(stream.is_in_the_middle for stream in early) >= 3)
+    is_loaded.set()
+    await until(lambda: all(stream.ids for stream in early))
     later = [Stream(name, number) for number in range(2) for name in ("sql", "late")]
     tasks += [asyncio.create_task(stream.run(client)) for stream in later]
     await until(lambda: sum(len(stream.ids) >= 10 for stream in later) >= 2)

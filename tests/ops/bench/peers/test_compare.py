@@ -134,7 +134,7 @@ def test_starts_are_measured_with_nothing_else_loaded(run: Run, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_no_engine_is_left_behind_when_the_bench_is_ended(run: Run, monkeypatch, number: signal.Signals):
+def test_no_engine_is_left_behind_when_the_bench_is_ended(run: Run, monkeypatch, request, number: signal.Signals):
     alive: list[int] = []
 
     def timed(child: Child, requests: list[Request], seed: str) -> float:
@@ -143,6 +143,9 @@ def test_no_engine_is_left_behind_when_the_bench_is_ended(run: Run, monkeypatch,
         raise AssertionError("the signal came before this")
 
     monkeypatch.setattr(compare, "timed", timed)
+    # a process that a shell began behind its back ignores Ctrl-C from the start
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
     before = signal.getsignal(signal.SIGTERM)
     assert run("--dtypes", "bfloat16", "--workloads", "single", "--engines", "ours,vllm") == 130
     assert alive and not list(group_members(alive[0]))
