@@ -61,7 +61,7 @@ class PrefillPacer:
         if num_prompt_tokens == 0:
             size = num_decodes.bit_length()
             self._decode_s[size] = _moved(self._decode_s.get(size, 0.0), seconds)
-        elif num_prompt_tokens >= min(SMALLEST_CHUNK, self.max_tokens):
+        elif seconds > 0.0 and num_prompt_tokens >= min(SMALLEST_CHUNK, self.max_tokens):
             # what a hiccup of decoding made cheaper than nothing is no cost
             rest = max(seconds - self._seconds_of(num_decodes), 0.1 * seconds)
             self._note_price(num_prompt_tokens.bit_length(), rest / num_prompt_tokens)

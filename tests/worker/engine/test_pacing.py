@@ -123,6 +123,12 @@ def test_steps_with_hardly_any_prompt_teach_nothing() -> None:
     assert pacer.budget(4, has_seniors=True) == just_below(100)
 
 
+def test_a_step_that_took_no_time_by_the_clock_teaches_nothing() -> None:
+    pacer = PrefillPacer(4096, 0.1)
+    pacer.note(100, 4, 0.0)
+    assert pacer.budget(4, has_seniors=True) == 4096
+
+
 def test_budgets_are_multiples_of_a_chunk_or_half_a_one() -> None:
     budgets = [paced(limit_s=number / 1000).budget(4, has_seniors=True) for number in range(1, 400, 7)]
     assert len(set(budgets)) > 10
