@@ -38,6 +38,7 @@ def test_a_level_is_compiled_once_and_again_when_a_source_changes(cache, monkeyp
 def compiler_that(does: str, folder: Path) -> str:
     """One that says its version, and otherwise does that."""
     path = folder / "compiler"
+    path.unlink(missing_ok=True)  # the one before may still run
     path.write_text(f'#!/bin/sh\n[ "$1" = -dumpfullversion ] && echo 1 && exit\nfor last; do :; done\n{does}\n')
     path.chmod(0o755)
     return str(path)
