@@ -265,6 +265,21 @@ constexpr int ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 4;
 constexpr int ROWS_AT_ONCE = 3, VECTORS_AT_ONCE = 2;
 #endif
 
+// Both ends of loops over registers, which hold a copy of all sums in between: of sums that are loaded or stored one by one
+// the compiler keeps the registers in memory.
+template <int ROWS, int VECTORS>
+INLINE void load_sums(floats (&sums)[ROWS][VECTORS], const float* factors, const float* from, int64_t columns) {
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector)
+            sums[row][vector] = load(from + row * columns + vector * LANES) * factors[row];
+}
+
+template <int ROWS, int VECTORS>
+INLINE void store_sums(const floats (&sums)[ROWS][VECTORS], float* to, int64_t columns) {
+    for (int row = 0; row < ROWS; ++row)
+        for (int vector = 0; vector < VECTORS; ++vector) store(to + row * columns + vector * LANES, sums[row][vector]);
+}
+
 // Sums of left [rows][16] and right [16][16] over `num_units`, which lie in blocks; right ones `right_stride` units apart.
 template <class E, int ROWS, int VECTORS>
 INLINE void add_products(floats (&sums)[ROWS][VECTORS], const uint32_t* left, const uint32_t* right, int64_t right_stride,
@@ -286,21 +301,16 @@ template <class E, int ROWS, int VECTORS>
 INLINE void some_scores(const uint32_t* queries, const uint32_t* keys, int64_t num_units, float* scores) {
     floats sums[ROWS][VECTORS] = {};
     add_products<E>(sums, queries, keys, GROUPS * UNITS, num_units);
-    for (int row = 0; row < ROWS; ++row)
-        for (int vector = 0; vector < VECTORS; ++vector) store(scores + row * BLOCK + vector * LANES, sums[row][vector]);
+    store_sums(sums, scores, BLOCK);
 }
 
 template <class E, int ROWS, int VECTORS>
 INLINE void some_sums(const uint32_t* weights, const uint32_t* values, int64_t num_units, const float* factors,
                       float* results, int64_t columns) {
     floats sums[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row)
-        for (int vector = 0; vector < VECTORS; ++vector)
-            sums[row][vector] = load(results + row * columns + vector * LANES) * factors[row];
+    load_sums(sums, factors, results, columns);
     add_products<E>(sums, weights, values, columns / LANES * UNITS, num_units);
-    for (int row = 0; row < ROWS; ++row)
-        for (int vector = 0; vector < VECTORS; ++vector)
-            store(results + row * columns + vector * LANES, sums[row][vector]);
+    store_sums(sums, results, columns);
 }
 
 // The same with values that lie in `tokens`, from element `first` on; `between` is called for each unit.
@@ -309,9 +319,7 @@ INLINE void some_sums_in_place(const uint32_t* weights, const typename E::Elemen
                                int64_t num_units, const float* factors, float* results, int64_t columns,
                                const Between& between) {
     floats sums[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row)
-        for (int vector = 0; vector < VECTORS; ++vector)
-            sums[row][vector] = load(results + row * columns + vector * LANES) * factors[row];
+    load_sums(sums, factors, results, columns);
     Register own[ROWS][VECTORS * LANES / WIDTH];
     memcpy(own, sums, sizeof own);
     for (int64_t unit = 0; unit < num_units; ++unit, tokens += E::PER_UNIT) {
@@ -324,9 +332,7 @@ INLINE void some_sums_in_place(const uint32_t* weights, const typename E::Elemen
         }
     }
     memcpy(sums, own, sizeof own);
-    for (int row = 0; row < ROWS; ++row)
-        for (int vector = 0; vector < VECTORS; ++vector)
-            store(results + row * columns + vector * LANES, sums[row][vector]);
+    store_sums(sums, results, columns);
 }
 
 // Calls run<ROWS, VECTORS>(first row, first vector) for all of them.
