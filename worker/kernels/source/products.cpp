@@ -137,30 +137,41 @@ constexpr int MOST_ROWS = 3;
 
 constexpr int64_t LINE = 64, LINES_AT_ONCE = 32;
 constexpr int64_t PIECE = LINE * LINES_AT_ONCE;  // bytes of a panel
+constexpr int64_t TURNS_OF_PIECE = 16;           // of a loop that multiplies with it
+constexpr int64_t LINES_A_TURN = LINES_AT_ONCE / TURNS_OF_PIECE;
 
 INLINE void prefetch(const char* from, int64_t num_lines) {
     for (int64_t line = 0; line < num_lines; ++line) call_line(from + line * LINE);
 }
 
-// What is called from memory while rows pass a panel: some lines of another one for each of its pieces.
+// What is called from memory while rows pass a panel: some lines of another one for each of its pieces, a few in each turn
+// of the loop. All at once they would hold up what is computed meanwhile.
 struct Coming {
-    const char *from, *end;
+    const char* from;
     int64_t lines;
 
-    void call_some() {
-        if (from < end) prefetch(from, lines);
-        from += lines * LINE;
+    INLINE void call_some(int64_t turn) {
+        if (turn * LINES_A_TURN < lines) prefetch(from + turn * LINES_A_TURN * LINE, LINES_A_TURN);
+        if (turn + 1 == TURNS_OF_PIECE) from += lines * LINE;
     }
 };
+
+// Of the two lines of a panel that a turn of the loop takes, those of the piece behind it: the first rows that pass the
+// panel would wait for each, although all have been called into the second-level cache.
+template <int64_t APART>
+INLINE void call_next_piece(const char* line) {
+    call_line_near(line + PIECE), call_line_near(line + APART + PIECE);
+}
 
 constexpr int PARTS = PANEL / WIDTH;  // of a panel
 
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
-    constexpr int64_t AT_ONCE = PIECE / (PANEL * sizeof(float));
+    static_assert(TURNS_OF_PIECE * PANEL * sizeof(float) == PIECE);
     Register own[ROWS][PARTS * PANELS] = {}, weights;
     for (int64_t at = 0; at < k; ++at, packed += PANEL) {
-        if (at % AT_ONCE == 0) coming.call_some();
+        coming.call_some(at % TURNS_OF_PIECE);
+        for (int panel = 0; panel < PANELS; ++panel) call_next_piece<LINE>((const char*)(packed + panel * k * PANEL));
         for (int part = 0; part < PARTS * PANELS; ++part) {
             memcpy(&weights, packed + part / PARTS * k * PANEL + part % PARTS * WIDTH, sizeof weights);
             for (int row = 0; row < ROWS; ++row) own[row][part] += x[row][at] * weights;
@@ -216,7 +227,7 @@ INLINE void stream_steps(const bf16* const* x, const bf16* packed, int64_t num_s
 
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
-    static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE);
+    static_assert(STEP_ELEMENTS * sizeof(bf16) == PIECE && STEP == 2 * TURNS_OF_PIECE);
     Register own[ROWS][PARTS * PANELS] = {};
     int64_t size = panel_elements<bf16>(k), at = 0;
     if constexpr (PANELS == 1 && ROWS <= MOST_STREAMED) {
@@ -224,8 +235,10 @@ INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, 
         stream_steps<ROWS>(x, packed, k / STEP, own);
     }
     for (; at + 1 < k; at += 2) {
-        if (at % STEP == 0) coming.call_some();
-        add_pair<ROWS, PANELS>(x, at, 4, packed + place_of(packed, 0, at), size, own);
+        coming.call_some(at % STEP / 2);
+        const bf16* weights = packed + place_of(packed, 0, at);
+        for (int panel = 0; panel < PANELS; ++panel) call_next_piece<PIECE / 2>((const char*)(weights + panel * size));
+        add_pair<ROWS, PANELS>(x, at, 4, weights, size, own);
     }
     memcpy(sums, own, sizeof own);
     if (k % 2 == 0) return;
@@ -261,9 +274,9 @@ int64_t rows_at_a_time(int64_t bytes_per_row, int64_t unit) {
 template <class T, int PANELS>
 void multiply_panels(const Product& p, int64_t begin, int64_t end, int64_t panel, int64_t next) {
     int64_t turns = ceil_div(end - begin, MOST_ROWS<PANELS>);
-    int64_t size = panel_elements<T>(p.k), lines = ceil_div(PANELS * LINES_AT_ONCE, turns);
+    int64_t size = panel_elements<T>(p.k), lines = ceil_div(PANELS * LINES_AT_ONCE, turns * LINES_A_TURN) * LINES_A_TURN;
     const T* wanted = (const T*)p.packed + next * size;
-    Coming coming{(const char*)wanted, (const char*)(wanted + PANELS * size), lines};
+    Coming coming{(const char*)wanted, lines};
     // turns of about as many rows: with few of them weights come no faster than they are used up
     for (int64_t row = begin, count; row < end; row += count, --turns) {
         count = ceil_div(end - row, turns);

@@ -40,7 +40,10 @@ struct bf16 {
 // leaves out calls of what does nothing else.
 INLINE void call_line(const void* from) { asm volatile("prefetcht2 %0" ::"m"(*(const char*)from)); }
 
-// Into the first-level cache, where it is to be written.
+// Into the first-level cache.
+INLINE void call_line_near(const void* from) { asm volatile("prefetcht0 %0" ::"m"(*(const char*)from)); }
+
+// The same, where it is to be written.
 INLINE void call_line_to_write(const void* to) { asm volatile("prefetchw %0" ::"m"(*(const char*)to)); }
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
