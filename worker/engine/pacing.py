@@ -12,6 +12,9 @@ STEPS_UNTIL_LOOK = 16
 """Steps with prompts after which one goes without: streams grow meanwhile, and what their own tokens take would count
 as a cost of prompts."""
 
+RECENT_STEPS = 8 * STEPS_UNTIL_LOOK
+"""For which what was seen of a step without prompts is held against others."""
+
 SHARE_OF_PROMPTS = 0.7
 """Of the time that a step takes without prompts. Streams then keep three fifths of their speed, and prompts get two
 fifths of the device, however fast either is. What a step costs for having prompts at all, as to go through the keys of
@@ -33,6 +36,10 @@ class PrefillPacer:
         self._seconds_per_token: dict[int, float] = {}
         """By the number of binary digits of a step's prompt tokens."""
         self._decode_s: dict[int, float] = {}
+        """By the number of binary digits of its requests."""
+        self._noted: dict[int, int] = {}
+        """The step after which that was seen last."""
+        self._num_noted = 0
         self._num_mixed = 0
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
@@ -57,10 +64,12 @@ class PrefillPacer:
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""
+        self._num_noted += 1
         self._num_mixed = self._num_mixed + 1 if num_prompt_tokens else 0
         if num_prompt_tokens == 0:
             size = num_decodes.bit_length()
             self._decode_s[size] = _moved(self._decode_s.get(size, 0.0), seconds)
+            self._noted[size] = self._num_noted
         elif seconds > 0.0 and num_prompt_tokens >= min(SMALLEST_CHUNK, self.max_tokens):
             # what a hiccup of decoding made cheaper than nothing is no cost
             rest = max(seconds - self._seconds_of(num_decodes), 0.1 * seconds)
@@ -78,9 +87,17 @@ class PrefillPacer:
         return self._seconds_per_token.get(nearest, 0.0)
 
     def _seconds_of(self, num_decodes: int) -> float:
-        """What a step of so many takes without prompts, or one of fewer that was seen; 0.0 if there was none."""
-        known = [size for size in self._decode_s if size <= num_decodes.bit_length()]
-        return self._decode_s[max(known)] if known else 0.0
+        """What a step of so many takes without prompts, or one of fewer that was seen; 0.0 if there was none. No longer
+        than one of more that was seen lately: where nearly all steps have more, those of fewer are the ones around which
+        requests come and go, and take longer for that."""
+        if not (fewer := [size for size in self._decode_s if size <= num_decodes.bit_length()]):
+            return 0.0
+        own, since = max(fewer), self._num_noted - RECENT_STEPS
+        return min(
+            seconds
+            for size, seconds in self._decode_s.items()
+            if size == own or size > own and self._noted[size] > since
+        )
 
 
 def _moved(before: float, found: float) -> float:

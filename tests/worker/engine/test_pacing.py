@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worker.engine.pacing import CHUNK, SHARE_OF_PROMPTS, SMALLEST_CHUNK, STEPS_UNTIL_LOOK, PrefillPacer
+from worker.engine.pacing import CHUNK, RECENT_STEPS, SHARE_OF_PROMPTS, SMALLEST_CHUNK, STEPS_UNTIL_LOOK, PrefillPacer
 
 
 def paced(max_tokens: int = 4096, limit_s: float = 0.1, decode_s: float = 0.0) -> PrefillPacer:
@@ -48,6 +48,19 @@ def test_what_a_step_takes_goes_by_how_many_decode() -> None:
     )
     assert pacer.budget(32, has_seniors=True) == pacer.budget(200, has_seniors=True) == just_below(many)
     assert pacer.budget(1, has_seniors=True) == 4096, "what fewer take is not known, and the limit is far"
+
+
+def test_steps_of_fewer_around_which_requests_come_and_go_are_no_measure_of_what_streams_wait() -> None:
+    pacer = paced(limit_s=10.0)
+    for _ in range(50):
+        for _ in range(8):
+            pacer.note(0, 8, 0.1)
+        pacer.note(0, 7, 0.16)
+    assert pacer.budget(8, has_seniors=True) == just_below(1000 * SHARE_OF_PROMPTS * 0.1)
+    assert pacer.budget(7, has_seniors=True) == pacer.budget(8, has_seniors=True)
+    for _ in range(RECENT_STEPS):
+        pacer.note(0, 7, 0.16)
+    assert pacer.budget(7, has_seniors=True) == just_below(1000 * SHARE_OF_PROMPTS * 0.16), "what 8 take is long ago"
 
 
 def test_beside_streams_of_the_same_burst_prompts_are_held_to_the_limit_alone() -> None:
