@@ -88,15 +88,15 @@ class PrefillPacer:
 
     def _seconds_of(self, num_decodes: int) -> float:
         """What a step of so many takes without prompts, or one of fewer that was seen; 0.0 if there was none. No longer
-        than one of more that was seen lately: where nearly all steps have more, those of fewer are the ones around which
-        requests come and go, and take longer for that."""
+        than one of more that was seen lately: where nearly all steps have more, those of fewer are the ones around
+        which requests come and go, and take longer for that."""
         if not (fewer := [size for size in self._decode_s if size <= num_decodes.bit_length()]):
             return 0.0
         own, since = max(fewer), self._num_noted - RECENT_STEPS
         return min(
             seconds
             for size, seconds in self._decode_s.items()
-            if size == own or size > own and self._noted[size] > since
+            if size == own or (size > own and self._noted[size] > since)
         )
 
 
