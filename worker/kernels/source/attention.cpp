@@ -1009,7 +1009,8 @@ void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t b
     const Layer& layer = call.layer;
     int64_t tile_units = TILE * own.num_units;
     uint32_t* queries = own.queries + base * own.num_units;
-    memset(queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
+    // vectors pass by rows that are none
+    if (E::TURNS) memset(queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
     for (int64_t row = 0; row < item.count * call.group; ++row) {
         int64_t query = row / call.group, head = kv_head * call.group + row % call.group, of = item.row_of(query);
         const Q* from = (const Q*)(call.queries + item.token_of(query) * call.query_stride) + head * layer.head_dim;
@@ -1192,7 +1193,8 @@ void run_item(const Call& call, const Item& item, const Item* next_item, Places&
     int64_t last_segment = item.segment + item.num_segments - 1, block = first_block(call, item);
     int64_t last_block = ceil_div(std::min((last_segment + 1) * SEGMENT, end), BLOCK) - 1;
     for (int64_t segment = item.segment; segment <= last_segment; ++segment) {
-        own.state.reset(item.num_heads * head_rows, own.columns);
+        for (int64_t row = 0; row < item.num_heads * head_rows; row += head_rows)
+            own.state.from_row(row, own.columns).reset(E::TURNS ? head_rows : num_rows, own.columns);
         int64_t end_block = ceil_div(std::min((segment + 1) * SEGMENT, end), BLOCK);
         for (; block < end_block; ++block) {
             Places next = coming_places(call, item, next_item, block, last_block);

@@ -114,6 +114,12 @@ INLINE void store_first(T* to, floats value, int64_t count) {
     memcpy(to, few, count * sizeof(T));
 }
 
+#ifdef __AVX512F__
+INLINE __mmask16 first_lanes(int64_t count) { return (1u << count) - 1; }
+INLINE floats load_first(const float* from, int64_t count) { return (floats)_mm512_maskz_loadu_ps(first_lanes(count), from); }
+INLINE void store_first(float* to, floats value, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value); }
+#endif
+
 INLINE float widen(float value) { return value; }
 
 INLINE float widen(bf16 value) {
