@@ -82,6 +82,8 @@ class Server:
         """Runs for as long as the block does, and stands still again behind it."""
         self.resume()
         try:
+            # a worker that stood still for long has to say once more that it is there
+            seconds_until(self.target.url, "/health")
             yield
         finally:
             self.pause()

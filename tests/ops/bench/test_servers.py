@@ -178,6 +178,23 @@ def test_a_stream_that_ends_before_the_prompts_come_is_no_figure(started: Mappin
 # Processes.
 
 
+def test_who_goes_on_is_healthy_before_anything_is_asked_of_it(
+    both: Mapping[str, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, wait = both[OURS], servers.seconds_until
+    asked: list[tuple[str, str, bool]] = []
+
+    def watching(url: str, path: str) -> float:
+        asked.append((url, path, works(server)))
+        return wait(url, path)
+
+    monkeypatch.setattr(servers, "seconds_until", watching)
+    assert stands(server)
+    with server.at_work():
+        assert asked == [(server.target.url, "/health", True)]
+    assert stands(server)
+
+
 def test_children_belong_to_the_part_of_their_parent_unless_they_are_parts() -> None:
     program = "import subprocess, sys; print(subprocess.Popen(['sleep', '1000']).pid, flush=True); sys.stdin.read()"
     parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
