@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from worker.engine.pacing import CHUNK, RECENT_STEPS, SHARE_OF_PROMPTS, SMALLEST_CHUNK, STEPS_UNTIL_LOOK, PrefillPacer
+from worker.engine.pacing import (
+    CHUNK,
+    HALF_CHUNK,
+    RECENT_STEPS,
+    SHARE_OF_PROMPTS,
+    SMALLEST_CHUNK,
+    STEPS_UNTIL_LOOK,
+    PrefillPacer,
+)
 
 
 def paced(max_tokens: int = 4096, limit_s: float = 0.1, decode_s: float = 0.0) -> PrefillPacer:
@@ -142,12 +150,13 @@ def test_a_step_that_took_no_time_by_the_clock_teaches_nothing() -> None:
     assert pacer.budget(4, has_seniors=True) == 4096
 
 
-def test_budgets_are_multiples_of_a_chunk_or_half_a_one() -> None:
+def test_budgets_are_multiples_of_a_chunk_or_half_a_one_or_the_least() -> None:
     budgets = [paced(limit_s=number / 1000).budget(4, has_seniors=True) for number in range(1, 400, 7)]
     assert len(set(budgets)) > 10
-    assert budgets[0] == SMALLEST_CHUNK == CHUNK / 2
-    assert all(budget % CHUNK == 0 for budget in budgets if budget != SMALLEST_CHUNK)
-    assert [paced(limit_s=limit_s).budget(4, has_seniors=True) for limit_s in (0.031, 0.033, 0.063)] == [16, 32, 32]
+    assert budgets[0] == SMALLEST_CHUNK < HALF_CHUNK == CHUNK / 2
+    assert all(budget % CHUNK == 0 for budget in budgets if budget not in (SMALLEST_CHUNK, HALF_CHUNK))
+    limits = (0.015, 0.017, 0.031, 0.033, 0.063)
+    assert [paced(limit_s=limit_s).budget(4, has_seniors=True) for limit_s in limits] == [12, 16, 16, 32, 32]
 
 
 def test_now_and_then_a_step_goes_without_prompts_and_growing_streams_are_no_cost_of_theirs() -> None:
