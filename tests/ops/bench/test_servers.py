@@ -207,8 +207,8 @@ def test_children_belong_to_the_part_of_their_parent_unless_they_are_parts() -> 
         assert whole.processes() == {"server": [parent.pid, child]}
         assert parts.processes() == {"one": [parent.pid], "other": [child]}
         assert whole.cpu_s()["server"] == pytest.approx(sum(parts.cpu_s().values()), abs=0.5)
-        with whole.at_work():
-            assert works(whole)
+        assert works(whole)
+        whole.pause()
         assert stands(whole)
     finally:
         whole.resume()
