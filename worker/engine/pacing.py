@@ -14,7 +14,7 @@ STEPS_UNTIL_LOOK = 16
 as a cost of prompts."""
 
 RECENT_STEPS = 8 * STEPS_UNTIL_LOOK
-"""For which what was seen of a step without prompts is held against others."""
+"""Ago a step without prompts may lie that fewer requests are measured by."""
 
 SHARE_OF_PROMPTS = 0.7
 """Of the time that a step takes without prompts. Streams then keep three fifths of their speed, and prompts get two
@@ -39,7 +39,7 @@ class PrefillPacer:
         self._decode_s: dict[int, float] = {}
         """By the number of binary digits of its requests."""
         self._noted: dict[int, int] = {}
-        """The step after which that was seen last."""
+        """Of the same sizes the number of the step that was seen last, as `_num_noted` counts them."""
         self._num_noted = 0
         self._num_mixed = 0
 

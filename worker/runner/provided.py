@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.engine.device import Ints
 
 LEAD_BYTES = 2 << 30
-"""Of a model of 443 million parameters 43,000 tokens: it should not run out while no core is idle for minutes."""
+"""Of a model of 443 million parameters 43,000 tokens: prompts of more than a minute, during which no core is idle."""
 BYTES_AT_ONCE = 2 << 20
 """Of each layer, a large page of the system."""
 
@@ -25,7 +25,7 @@ class Provided:
     """Memory that nobody wrote to yet costs whoever does so first: the system finds it and makes it zero. The layers
     of `pages` [layers, 2, blocks, ...] come to a new large page in the same step, which then lasted 50 ms longer for a
     model of 125 million parameters on a virtual machine. So a thread has the next LEAD_BYTES provided when no core has
-    anything else to do, never all: a pool that nobody fills takes no memory.
+    anything else to do, and not all: what nobody fills of a large pool takes no memory.
     """
 
     def __init__(self, pages: Tensor) -> None:

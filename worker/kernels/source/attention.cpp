@@ -1009,7 +1009,7 @@ void load_queries(const Call& call, const Item& item, int64_t kv_head, int64_t b
     const Layer& layer = call.layer;
     int64_t tile_units = TILE * own.num_units;
     uint32_t* queries = own.queries + base * own.num_units;
-    // vectors pass by rows that are none
+    // tiles are loaded whole; without them nobody reads rows that are none
     if (E::TURNS) memset(queries + (num_tiles - 1) * tile_units, 0, tile_units * sizeof(uint32_t));
     for (int64_t row = 0; row < item.count * call.group; ++row) {
         int64_t query = row / call.group, head = kv_head * call.group + row % call.group, of = item.row_of(query);
