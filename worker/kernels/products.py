@@ -23,6 +23,11 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 NO_ACTIVATION = -1
 """As the kernel numbers it."""
 
+LEAST_PASSING, MOST_PASSING = 64 << 20, 300 << 20
+"""Bytes of all weights which one or two tokens load past the caches that cores share. Every few milliseconds they would
+drive out of them what is said between two steps, and the processes that carry tokens on. Such loads are slower by a
+thirtieth (Zen 4), more than that is worth where a step takes long; and fewer weights may stay in a cache themselves."""
+
 WeightsType = TypeVar("WeightsType")
 
 
@@ -130,7 +135,9 @@ def pack(weights: WeightsType, library: ctypes.CDLL | None, room: Room | None = 
     panels are in `room`, else in one of their own."""
     if library is None:
         return weights
-    packed: WeightsType = _packed(weights, library, room or Room())
+    room = room or Room()
+    packed: WeightsType = _packed(weights, library, room)
+    library.inferfleet_let_weights_pass(LEAST_PASSING <= room.num_bytes <= MOST_PASSING)
     return packed
 
 

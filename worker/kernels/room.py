@@ -17,6 +17,7 @@ class Room:
     things of steps then take a large page each."""
 
     def __init__(self) -> None:
+        self.num_bytes = 0
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_elements: int, dtype: torch.dtype) -> Tensor:
@@ -25,5 +26,6 @@ class Room:
         whole = -(-num_bytes // LINE_BYTES) * LINE_BYTES
         if whole > len(self._rest):
             self._rest = untouched_zeros((max(whole, CHUNK_BYTES),), torch.uint8)
+        self.num_bytes += whole
         taken, self._rest = self._rest[:num_bytes], self._rest[whole:]
         return taken.view(dtype)

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
+from worker.kernels import products
 from worker.kernels.elementwise import ACTIVATIONS, CpuOperations
 from worker.kernels.products import PackedLinear, pack
+from worker.kernels.room import Room
 from worker.model.lora import AdaptedLinear
 from worker.model.weights import DenseLinear, MlpWeights
 
@@ -61,6 +63,28 @@ def test_a_row_is_the_same_to_the_last_bit_in_every_company(library, dtype):
     assert len(everyone.unique(dim=0)) == len(x), "rows are to differ"
     for start, count in ((0, 1), (5, 2), (7, 16), (1000, 33), (600, 700)):
         assert torch.equal(packed(x[start : start + count]), everyone[start : start + count])
+
+
+@pytest.mark.parametrize("pass_by", [False, True])
+def test_weights_that_leave_caches_to_others_give_the_same(library, pass_by):
+    packed = PackedLinear(library, dense((100, 1030), torch.bfloat16))
+    x = random(9, 1030, dtype=torch.bfloat16, seed=3)
+    in_company = packed(x)
+    library.inferfleet_let_weights_pass(pass_by)
+    for count in (1, 2):
+        assert torch.equal(packed(x[:count]), in_company[:count])
+    assert not torch.equal(packed(x[1:2]), in_company[:1])
+
+
+def test_weights_pass_where_they_are_too_many_for_caches_and_few_for_a_step(library, monkeypatch):
+    said = []
+    monkeypatch.setattr(library, "inferfleet_let_weights_pass", said.append)
+    monkeypatch.setattr(products, "LEAST_PASSING", 40_000)
+    monkeypatch.setattr(products, "MOST_PASSING", 90_000)
+    room = Room()
+    for _ in range(4):
+        pack([dense((100, 128), torch.bfloat16)], library, room)
+    assert room.num_bytes == 4 * 128 * 128 * 2 and said == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -20,6 +20,7 @@
 #include "scratch.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace {
 
@@ -206,16 +207,19 @@ INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const 
 
 constexpr int MOST_STREAMED = 2;  // rows
 
+std::atomic<bool> are_passing{false};  // weights, leaving shared caches to others
+
 // Whole steps of a panel, tile after tile: so it is read from the first byte to the last, which processors see and call
 // what comes next themselves, faster than anybody who asks for it.
-template <int ROWS>
+template <int ROWS, bool ARE_PASSING>
 INLINE void stream_steps(const bf16* const* x, const bf16* packed, int64_t num_steps, Register (&sums)[ROWS][PARTS]) {
     for (int64_t at = 0; at < num_steps * STEP; at += STEP)
         for (int tile = 0; tile < PANEL / TILE; ++tile)
             for (int pair = 0; pair < STEP / 2; ++pair)
                 for (int column = 0; column < TILE; column += WIDTH, packed += 2 * WIDTH) {
                     Units weights;
-                    memcpy(&weights, packed, sizeof weights);
+                    if (ARE_PASSING) weights = load_in_passing(packed);
+                    else memcpy(&weights, packed, sizeof weights);
                     for (int row = 0; row < ROWS; ++row) {
                         uint32_t own;
                         memcpy(&own, x[row] + at + 2 * pair, sizeof own);
@@ -232,7 +236,8 @@ INLINE void rows_by_panels(const bf16* const* x, const bf16* packed, int64_t k, 
     int64_t size = panel_elements<bf16>(k), at = 0;
     if constexpr (PANELS == 1 && ROWS <= MOST_STREAMED) {
         at = k / STEP * STEP;
-        stream_steps<ROWS>(x, packed, k / STEP, own);
+        if (are_passing.load(std::memory_order_relaxed)) stream_steps<ROWS, true>(x, packed, k / STEP, own);
+        else stream_steps<ROWS, false>(x, packed, k / STEP, own);
     }
     for (; at + 1 < k; at += 2) {
         coming.call_some(at % STEP / 2);
@@ -634,6 +639,8 @@ EXPORT void inferfleet_multiply_bf16(const Matrix* matrix, const bf16* x, int64_
     multiply_with_vectors<bf16>(product);
 #endif
 }
+
+EXPORT void inferfleet_let_weights_pass(bool pass) { are_passing = pass; }
 
 EXPORT void inferfleet_unpack_rows_f32(const Matrix* matrix, const int64_t* rows, int64_t count, float* out) {
     unpack_rows(*matrix, rows, count, out);

@@ -46,6 +46,15 @@ INLINE void call_line_near(const void* from) { asm volatile("prefetcht0 %0" ::"m
 // The same, where it is to be written.
 INLINE void call_line_to_write(const void* to) { asm volatile("prefetchw %0" ::"m"(*(const char*)to)); }
 
+// What is read once a step and leaves nothing in the caches that several cores share, where processors have a way to do so.
+INLINE Units load_in_passing(const void* from) {
+#ifdef __AVX512F__
+    return (Units)_mm512_stream_load_si512((void*)from);
+#else
+    return (Units)_mm256_stream_load_si256((const __m256i*)from);
+#endif
+}
+
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The compiler would add the value to zero.
