@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,8 +55,8 @@ class NativeMeta:
 
     def __init__(self, batch: Batch, block_size: int) -> None:
         arrays = (batch.num_queries, batch.starts, batch.num_keys, batch.block_tables)
-        self.arrays = [None if each is None else np.ascontiguousarray(each, np.int64) for each in arrays]
-        pointers = [None if each is None else each.ctypes.data for each in self.arrays]
+        self.arrays = [None if each is None else torch.from_numpy(each).contiguous() for each in arrays]
+        pointers = [None if each is None else each.data_ptr() for each in self.arrays]
         self.step = _Batch(len(batch.starts), *pointers, batch.block_tables.shape[1], block_size)
         self.address = ctypes.addressof(self.step)
 

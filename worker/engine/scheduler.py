@@ -285,7 +285,7 @@ class Scheduler:
         A request that saw a worker die computes its first token without other newcomers: should it kill this worker
         too, it takes nobody along but those who ran already.
         """
-        if any(request.is_suspect for request in self.running):
+        if not self.waiting or any(request.is_suspect for request in self.running):
             return
         for request in self._let_in():
             if not self._free_rows or len(self.running) >= self._most_rows or builder.prompt_budget < 1:

@@ -145,7 +145,7 @@ class CpuOperations(Operations):
         columns = torch.empty(num_rows, dtype=torch.int64)
         pointers = (each.data_ptr() for each in (most, columns, normalisers))
         self._summarise[logits.dtype](logits.data_ptr(), num_rows, size, *pointers)
-        return most, columns, normalisers
+        return most.numpy(), columns.numpy(), normalisers.numpy()
 
 
 @dataclass(frozen=True, slots=True)

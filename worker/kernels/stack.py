@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,16 @@ class _Step(ctypes.Structure):
     )
 
 
+class _NewSummary:
+    """Memory for one of so many rows, which takes few words: here they all come from cold caches."""
+
+    def __init__(self, num_rows: int) -> None:
+        both, columns = np.empty((2, num_rows), np.float32), np.empty(num_rows, np.int64)
+        self.arrays: Summary = both[0], columns, both[1]
+        first = both.__array_interface__["data"][0]
+        self.addresses = first, columns.__array_interface__["data"][0], first + 4 * num_rows
+
+
 class NativeStack:
     """Tokens to logits; bit for bit what the layers come to one by one. `is_ready` says whether a step can go this
     way. Raises RankLost as a group does."""
@@ -119,7 +130,7 @@ class NativeStack:
         assert x is None or (x.dtype is self._dtype and x.is_contiguous())
         num_wanted = len(wanted)
         out = torch.empty((num_wanted, self._width), dtype=self._dtype)
-        summary = (torch.empty(num_wanted), torch.empty(num_wanted, dtype=torch.int64), torch.empty(num_wanted))
+        summary = _NewSummary(num_wanted)
         step = _Step(
             tokens.data_ptr(),
             positions.data_ptr(),
@@ -132,12 +143,12 @@ class NativeStack:
             wanted.data_ptr(),
             num_wanted,
             out.data_ptr(),
-            *(each.data_ptr() for each in summary),
+            *summary.addresses,
         )
         require(self._run(ctypes.addressof(self._stack), ctypes.addressof(step)))
         if not self._has_head:
             return self._layers.head(out)
-        self._last = out, summary
+        self._last = out, summary.arrays
         return out
 
     def summary_of(self, logits: Tensor) -> Summary | None:

@@ -95,6 +95,12 @@ class Decoder:
         if self._stack is not None and self._stack.is_ready(pages):
             meta = self.attention.prepare(batch, pages.shape[3])
             return self._stack(tokens, positions, pages, batch.slots, meta, wanted)
+        return self._layer_by_layer(tokens, positions, batch, pages, wanted)
+
+    @torch.inference_mode()
+    def _layer_by_layer(
+        self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor
+    ) -> Tensor:
         x, step = self.embed(tokens, positions), self.begin(positions, batch, pages)
         for layer, weights in enumerate(self.weights.layers):
             x = self.run_layer(x, weights, step, layer)

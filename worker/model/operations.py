@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Turns = tuple[Tensor, Tensor]
 Activate = Callable[[Tensor], Tensor]
-Summary = tuple[Tensor, Tensor, Tensor]
+Summary = tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class Operations:
         float32 or wider. Where a row has numbers that are none, or no finite one, its log-sum-exp is not finite."""
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         most, columns = scores.max(-1)
-        return most, columns, scores.logsumexp(-1)
+        return most.numpy(), columns.numpy(), scores.logsumexp(-1).numpy()
 
 
 def by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

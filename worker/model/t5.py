@@ -127,6 +127,7 @@ class T5:
             write_pages(pages[layer, 0], k, slots)
             write_pages(pages[layer, 1], v, slots)
 
+    @torch.inference_mode()
     def forward(
         self, tokens: Tensor, positions: Tensor, batch: AnyBatch, pages: Tensor, wanted: Tensor, cross: AnyBatch
     ) -> Tensor:

@@ -32,7 +32,7 @@ class Places:
     @cached_property
     def tokens(self) -> Ints:
         """[k] the tokens behind which is sampled, by their number in the step."""
-        return ascending(self._ends - self.counts, self.counts)
+        return ascending(self._ends - self.counts, self.counts) if self.has_drafts else self._ends - 1
 
     @cached_property
     def positions(self) -> Ints:
@@ -45,7 +45,7 @@ class Places:
         """[s] of each row."""
         return [self.plan.tokens[end - count + 1 : end] for end, count in zip(self._ends, self.counts, strict=True)]
 
-    @property
+    @cached_property
     def has_drafts(self) -> bool:
         return bool(self.plan.num_drafts.any())
 
@@ -61,8 +61,6 @@ class Places:
     def num_ids(self, sampled: Sampled) -> Ints:
         """[s] how many of each row count, as in StepResult. What is unusable behind a draft is as if never tried."""
         found, first = self.counts.copy(), 0
-        if not self.has_drafts:
-            return found
         for row, drafts in enumerate(self.drafts):
             end = first + len(drafts) + 1
             if len(drafts):

@@ -77,10 +77,12 @@ class Rows:
             self._move_in(init)
         self.block_tables[plan.block_rows, plan.block_offsets] = plan.block_ids
 
-    def remember(self, rows: Ints, ids: Ints) -> None:
+    def remember(self, rows: AnyInts, ids: Ints) -> None:
         """Note what `rows` have sampled, in this order where one occurs again: the last is input of its next step, and
         each one more occurrence for its penalties."""
         self.last_ids[rows] = ids
+        if not self.counts.num_rows:
+            return
         is_counted = self.parameters["needs_counts"][rows]
         if is_counted.any():
             self.counts.add(rows[is_counted], ids[is_counted])
@@ -137,6 +139,11 @@ class TokenCounts:
         one = self.table.new_ones(())
         for plane in self.table.unbind(1):
             plane.index_put_((slots, columns), one, accumulate=True)
+
+    @property
+    def num_rows(self) -> int:
+        """That are counted."""
+        return len(self._slots)
 
     def release(self, row: int) -> None:
         slot = self._slots.pop(row, None)

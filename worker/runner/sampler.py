@@ -115,8 +115,10 @@ def sample(
 def most_likely(logits: Tensor, summarise: Summarise) -> Sampled | None:
     """What `sample` picks where no row asks for more, from `logits` of the whole vocabulary. None if some are such that
     `sample` has to say what is wrong with them."""
-    most, picked, normalisers = (each.numpy() for each in summarise(logits))
-    return Sampled(picked, most - normalisers) if np.isfinite(normalisers).all() else None
+    most, picked, normalisers = summarise(logits)
+    if not np.isfinite(normalisers).all():
+        return None
+    return Sampled(picked, (most - normalisers).astype(np.float32, copy=False))
 
 
 def _task(
@@ -177,7 +179,7 @@ def _sample_split(logits: Tensor, task: _Task, vocabulary: Vocabulary) -> Sample
 def _choose(logits: Tensor, task: _Task) -> tuple[_View, Ints, Doubles]:
     """The scores that decide, the column picked for each of k rows, and the value by which it won."""
     most, picked, normalisers = task.summarise(logits)
-    best, columns = most.double().numpy(), picked.numpy()
+    best, columns = most.astype(np.float64), picked
     chosen = np.flatnonzero(~task.parameters["is_plain"])
     processed: Tensor | None = None
     if len(chosen):
@@ -362,11 +364,10 @@ class _View:
     """
 
     def __init__(
-        self, raw: Tensor, normalisers: Tensor, processed: Tensor | None, chosen: Ints, parameters: Parameters
+        self, raw: Tensor, normalisers: Floats, processed: Tensor | None, chosen: Ints, parameters: Parameters
     ) -> None:
         self._raw, self._processed = raw, processed
-        self.raw_normalisers: Floats = normalisers.numpy()
-        self.processed_normalisers = self.raw_normalisers
+        self.raw_normalisers = self.processed_normalisers = normalisers
         self._place = np.full(len(parameters), -1)
         if processed is not None:
             self._place[chosen] = np.arange(len(chosen))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.attention import Batch
 from worker.attention.pages import page_width
-from worker.engine.device import TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
+from worker.engine.device import NO_IDS, TOKEN_ON_DEVICE, RowInit, StepPlan, StepResult
 from worker.model.decoder import Decoder
 from worker.model.lora import LoraSlots
 from worker.model.t5 import T5
@@ -79,14 +79,14 @@ class TorchDevice:
     def model(self) -> Model:
         return self._model
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         self._apply(plan)
         rows, num_queries = plan.rows.astype(np.int64), plan.num_tokens.astype(np.int64)
         starts, ends = plan.starts.astype(np.int64), np.cumsum(num_queries)
         tokens = self._tokens(plan, ends)
-        positions = ascending(starts, num_queries)
-        owners = np.repeat(rows, num_queries)
+        has_one_each = len(tokens) == len(rows)
+        positions = starts if has_one_each else ascending(starts, num_queries)
+        owners = rows if has_one_each else np.repeat(rows, num_queries)
         slots = self._slots(self.rows.block_tables, owners, positions)
         self._adapters.use(owners)
         batch = Batch(num_queries, starts, self._tables(self.rows.block_tables, rows, starts + num_queries), slots)
@@ -98,18 +98,19 @@ class TorchDevice:
         else:
             self._logits = self._model.forward(*step)
 
-    @torch.inference_mode()
     def sample(self, plan: StepPlan) -> StepResult:
         places, sampled = self._places, None
         assert places.plan is plan, "the step that ran last is the one to be sampled"
         if self.rows.want_best_only and not self._vocabulary.is_split:
             sampled = most_likely(self._logits, self._model.summarise)
         sampled = sampled or self._sample(places)
-        num_ids, errors = places.num_ids(sampled), places.errors(sampled)
+        rows, num_ids, errors = plan.rows[plan.samples], NO_IDS, places.errors(sampled)
         if places.has_drafts:
-            self._clear_spoilt(places.tokens[places.that_spoil(sampled, num_ids)])
-            sampled = chosen(sampled, places.that_count(num_ids))
-        self.rows.remember(np.repeat(plan.rows[plan.samples], num_ids), sampled.ids)
+            found = places.num_ids(sampled)
+            self._clear_spoilt(places.tokens[places.that_spoil(sampled, found)])
+            sampled = chosen(sampled, places.that_count(found))
+            rows, num_ids = np.repeat(rows, found), found.astype(np.int32)
+        self.rows.remember(rows, sampled.ids)
         if self._row_errors:
             errors |= {place: self._row_errors[row] for place, row in enumerate(plan.rows) if row in self._row_errors}
         return StepResult(
@@ -117,9 +118,10 @@ class TorchDevice:
             logprobs=sampled.logprobs,
             top_tokens=sampled.top_tokens,
             errors=errors,
-            num_ids=num_ids.astype(np.int32),
+            num_ids=num_ids,
         )
 
+    @torch.inference_mode()
     def _sample(self, places: Places) -> Sampled:
         output_indices = places.positions + 1 - self.rows.parameters["num_prompt"][places.rows]
         before = places.drafts_before if places.has_drafts else ()
@@ -139,10 +141,14 @@ class TorchDevice:
         self.provided.use(plan.block_ids)
         self._clear_ends(plan)
         for init in plan.new_rows:
-            if error := self._adapters.move_in(init):
-                self._row_errors[init.row] = error
-            if isinstance(self._model, T5):
-                self._encode(self._model, init)
+            self._move_in(init)
+
+    @torch.inference_mode()
+    def _move_in(self, init: RowInit) -> None:
+        if error := self._adapters.move_in(init):
+            self._row_errors[init.row] = error
+        if isinstance(self._model, T5):
+            self._encode(self._model, init)
 
     def _clear_ends(self, plan: StepPlan) -> None:
         """Make zero those new pages of rows that the step does not fill. Where attention reads whole pages,
@@ -178,6 +184,8 @@ class TorchDevice:
     def _tokens(self, plan: StepPlan, ends: Ints) -> Ints:
         """The step's input ids, with what the rows sampled last filled in."""
         tokens = plan.tokens.astype(np.int64)
+        if tokens.min() >= 0 and tokens.max() < self._model.spec.vocab_size:
+            return tokens
         from_device = tokens[ends - 1] == TOKEN_ON_DEVICE
         tokens[ends[from_device] - 1] = self.rows.last_ids[plan.rows[from_device]]
         is_unknown = self._is_unknown(tokens)
