@@ -56,7 +56,8 @@ class RowAdapters:
 
     def use(self, rows: Ints) -> None:
         """Begin a step whose tokens belong to `rows` [t]."""
-        self._slots.use(self._slot_of_row[rows])
+        if self._digests:
+            self._slots.use(self._slot_of_row[rows])
 
     def slots_of(self, rows: Ints) -> Ints:
         """[t] slots of tokens that belong to `rows` [t], or [0] if none has any."""

@@ -11,6 +11,7 @@ is that of one rank. Rows whose processors weigh tokens against each other are g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,7 +117,7 @@ def most_likely(logits: Tensor, summarise: Summarise) -> Sampled | None:
     """What `sample` picks where no row asks for more, from `logits` of the whole vocabulary. None if some are such that
     `sample` has to say what is wrong with them."""
     most, picked, normalisers = summarise(logits)
-    if not np.isfinite(normalisers).all():
+    if not all(map(math.isfinite, normalisers.tolist())):
         return None
     return Sampled(picked, (most - normalisers).astype(np.float32, copy=False))
 

@@ -184,7 +184,8 @@ class TorchDevice:
     def _tokens(self, plan: StepPlan, ends: Ints) -> Ints:
         """The step's input ids, with what the rows sampled last filled in."""
         tokens = plan.tokens.astype(np.int64)
-        if tokens.min() >= 0 and tokens.max() < self._model.spec.vocab_size:
+        if tokens.view(np.uint64).max() < self._model.spec.vocab_size:
+            # nor is any below zero
             return tokens
         from_device = tokens[ends - 1] == TOKEN_ON_DEVICE
         tokens[ends[from_device] - 1] = self.rows.last_ids[plan.rows[from_device]]
