@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.attention import Attention
 from worker.attention.native import NativeAttention
 from worker.kernels.products import INTEGER, POINTER, SUFFIXES, alone, function_of
-from worker.kernels.stack import NativeStack, Turning, can_stack
+from worker.kernels.stack import NativeStack, NewSummary, Turning, can_stack
 from worker.model.operations import Activate, Layers, Operations, Stack, Summary, Turns
 from worker.model.spec import Activation, Norm
 from worker.model.weights import Linear, MlpWeights, NormWeights
@@ -141,11 +141,9 @@ class CpuOperations(Operations):
         if logits.dtype not in SUFFIXES or not logits.is_contiguous():
             return super().summarise(logits)
         num_rows, size = logits.shape
-        most, normalisers = (torch.empty(num_rows, dtype=torch.float32) for _ in range(2))
-        columns = torch.empty(num_rows, dtype=torch.int64)
-        pointers = (each.data_ptr() for each in (most, columns, normalisers))
-        self._summarise[logits.dtype](logits.data_ptr(), num_rows, size, *pointers)
-        return most.numpy(), columns.numpy(), normalisers.numpy()
+        summary = NewSummary(num_rows)
+        self._summarise[logits.dtype](logits.data_ptr(), num_rows, size, *summary.addresses)
+        return summary.arrays
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ NO_ACTIVATION = -1
 LEAST_PASSING, MOST_PASSING = 64 << 20, 300 << 20
 """Bytes of all weights which one or two tokens load past the caches that cores share. Every few milliseconds they would
 drive out of them what is said between two steps, and the processes that carry tokens on. Such loads are slower by a
-thirtieth (Zen 4), more than that is worth where a step takes long; and fewer weights may stay in a cache themselves."""
+thirtieth (Zen 4), which long steps do not get back; fewer weights may stay in a cache themselves."""
 
 WeightsType = TypeVar("WeightsType")
 

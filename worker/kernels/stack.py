@@ -70,7 +70,7 @@ class _Step(ctypes.Structure):
     )
 
 
-class _NewSummary:
+class NewSummary:
     """Memory for one of so many rows, which takes few words: here they all come from cold caches."""
 
     def __init__(self, num_rows: int) -> None:
@@ -130,7 +130,7 @@ class NativeStack:
         assert x is None or (x.dtype is self._dtype and x.is_contiguous())
         num_wanted = len(wanted)
         out = torch.empty((num_wanted, self._width), dtype=self._dtype)
-        summary = _NewSummary(num_wanted)
+        summary = NewSummary(num_wanted)
         step = _Step(
             tokens.data_ptr(),
             positions.data_ptr(),

@@ -56,7 +56,7 @@ class RowAdapters:
 
     def use(self, rows: Ints) -> None:
         """Begin a step whose tokens belong to `rows` [t]."""
-        if self._digests:
+        if self._digests:  # else there never was an adapter
             self._slots.use(self._slot_of_row[rows])
 
     def slots_of(self, rows: Ints) -> Ints:
