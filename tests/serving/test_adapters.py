@@ -165,34 +165,36 @@ def test_every_adapter_answers_in_its_own_way(served: Served) -> None:
 
 
 async def test_loading_and_unloading_under_load_loses_nothing(served: Served, client: httpx.AsyncClient) -> None:
-    early: list[Stream] = []
-    is_loaded = asyncio.Event()
+    """The load is kept up until the last adapter is about to go, however fast the workers are."""
+    streams: list[Stream] = []
+    is_over = asyncio.Event()
 
     async def again_and_again(name: str, number: int) -> None:
-        while not is_loaded.is_set():
+        while not is_over.is_set():
             stream = Stream(name, number)
-            early.append(stream)
+            streams.append(stream)
             await stream.run(client)
 
-    kinds = [(name, number) for number in range(3) for name in ("", "fr")]
-    tasks = [asyncio.create_task(again_and_again(*kind)) for kind in kinds]
-    await until(lambda: sum(len(stream.ids) >= 10 for stream in early) >= len(kinds))
+    def keep_up(*names: str) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(again_and_again(name, number)) for name in names for number in range(2)]
+
+    def under_way(most_tokens: int) -> set[str]:
+        return {stream.adapter for stream in streams if 2 <= len(stream.ids) <= most_tokens}
+
+    tasks = keep_up("", "fr")
+    await until(lambda: under_way(NUM_TOKENS // 2) == {"", "fr"})
     await asyncio.gather(*[load(client, served, name) for name in ("sql", "late")])
-    await until(lambda: sum(stream.is_in_the_middle for stream in early) >= 3)
-    is_loaded.set()
-    await until(lambda: all(stream.ids for stream in early))
-    later = [Stream(name, number) for number in range(2) for name in ("sql", "late")]
-    tasks += [asyncio.create_task(stream.run(client)) for stream in later]
-    await until(lambda: sum(len(stream.ids) >= 10 for stream in later) >= 2)
-    under_way = [stream for stream in (*early, *later) if stream.is_in_the_middle]
+    tasks += keep_up("sql", "late")
+    await until(lambda: len(under_way(NUM_TOKENS // 2)) >= 3)
+    is_over.set()
+    await until(lambda: all(stream.job_id for stream in streams))
     for name in MODULES:
         assert (await client.delete(f"/v1/fleet/adapters/{name}")).status_code == httpx.codes.NO_CONTENT
-    under_way = [stream for stream in under_way if stream.is_in_the_middle]
-    assert len({stream.adapter for stream in under_way}) >= 3, "streams with several adapters were in their middle"
+    assert len(under_way(NUM_TOKENS - 2)) >= 3, "streams with several adapters were in their middle"
     response = await client.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "sql"}})
     assert (response.status_code, response.json()["error"]) == (404, "unknown adapter 'sql'; adapters here: none")
     await asyncio.gather(*tasks)
-    assert problems(served, [*early, *later]) == []
+    assert problems(served, streams) == []
     for name in MODULES:
         await load(client, served, name)
 
