@@ -57,7 +57,8 @@ def load(mode: str, on_progress: OnProgress) -> tuple[FakeDevice, Ready]:
 
 
 def main(mode: str, fd: int) -> int:
-    engine_process.GRACE_AFTER_END_S = 0.2
+    if mode == "hangs":
+        engine_process.GRACE_AFTER_END_S = 0.2
     connection = socket.socket(fileno=fd)
     return engine_process.serve(connection, WorkerSettings(), lambda _, on_progress, __: load(mode, on_progress))
 
