@@ -13,7 +13,7 @@ from common.errors import InferfleetError
 from tests.worker.engine.fake_device import DeviceMisuse, FakeDevice, Staged
 from tests.worker.engine.harness import Harness, encoder_limits, limits, random_traffic, submit
 from worker.engine.device import StepPlan, StepResult
-from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, EngineStalled
+from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, REST_S, EngineStalled
 from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
@@ -510,3 +510,29 @@ def test_a_step_without_prompts_gives_way_to_them_where_there_would_be_none(monk
     harness.run_until_idle()
     assert len(budgets) > 5
     harness.check_outcomes()
+
+
+class SlowDevice(FakeDevice):
+    """Each step takes `seconds` by the harness's clock."""
+
+    pass_time, seconds = staticmethod(lambda seconds: None), 0.0
+
+    def collect(self, handle: Staged) -> StepResult:
+        self.pass_time(self.seconds)
+        return super().collect(handle)
+
+
+@pytest.mark.parametrize(("seconds", "rest"), [(0.0016, 0.0001), (0.0064, REST_S), (0.5, REST_S)])
+def test_who_carries_tokens_has_the_cores_before_the_next_step(seconds: float, rest: float) -> None:
+    harness = Harness(limits(max_batch_prefill_tokens=8), device_class=SlowDevice)
+    device = harness.device
+    assert isinstance(device, SlowDevice)
+    device.seconds, device.pass_time = seconds, lambda passed: setattr(harness.clock, "now", harness.clock.now + passed)
+    rests: list[tuple[float, int]] = []
+    harness.loop._rest = lambda wanted: rests.append((wanted, len(harness.steps)))
+    harness.submit(submit("a", range(10, 30), max_new_tokens=5, ignore_eos=True))
+    harness.run_until_idle()
+    with_tokens = [number for number, step in enumerate(harness.steps, 1) if step.runs]
+    assert len(with_tokens) == 5 and len(harness.steps) > 5, "steps of a chunked prompt have no tokens"
+    assert [number for _, number in rests] == with_tokens, "a rest follows what was sent"
+    assert [wanted for wanted, _ in rests] == pytest.approx([rest] * 5)
