@@ -4,9 +4,12 @@
 #include <climits>
 #include <mutex>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -31,7 +34,7 @@ std::atomic<void*> job_context{nullptr};
 
 std::mutex owner;  // of the pool; who finds it taken works alone
 std::atomic<int64_t> num_helpers{0};
-int64_t num_started = 0;
+std::vector<pthread_t> helpers;  // all that were started, working or not
 
 void sleep_until_newer(uint32_t job) {
     num_asleep.fetch_add(1);
@@ -108,8 +111,50 @@ struct Helper {
 namespace {
 
 void start_helpers(int64_t count) {
-    for (; num_started < count; ++num_started) std::thread(Helper::run, num_started).detach();
+    while ((int64_t)helpers.size() < count) {
+        std::thread helper(Helper::run, (int64_t)helpers.size());
+        helpers.push_back(helper.native_handle());
+        helper.detach();
+    }
 }
+
+// Where threads take every core each helper has one of its own, and the caller, who goes where the system puts it, the one
+// that is left: a helper that wakes while a gateway is on its core would else be put behind the caller, and stay there until
+// the next tick.
+struct Places {
+    std::vector<int> cores;  // of each helper; empty where the system places them
+    int core_of_caller = -1;
+
+    void choose(int64_t num_threads) {
+        cpu_set_t allowed;
+        CPU_ZERO(&allowed);
+        sched_getaffinity(0, sizeof allowed, &allowed);
+        for (pthread_t helper : helpers) pthread_setaffinity_np(helper, sizeof allowed, &allowed);
+        cores.clear();
+        if (CPU_COUNT(&allowed) != num_threads) return;
+        for (int core = 0; core < CPU_SETSIZE; ++core)
+            if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+        core_of_caller = cores.back();
+        cores.pop_back();
+        for (size_t number = 0; number < cores.size(); ++number) move(number, cores[number]);
+    }
+
+    // The caller is here now; the helper whose core this is gets the one that the caller has left.
+    void make_way() {
+        int core = sched_getcpu();
+        if (cores.empty() || core == core_of_caller) return;
+        for (size_t number = 0; number < cores.size(); ++number)
+            if (cores[number] == core) move(number, std::exchange(core_of_caller, core));
+    }
+
+    void move(size_t number, int core) {
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(core, &only);
+        pthread_setaffinity_np(helpers[number], sizeof only, &only);
+        cores[number] = core;
+    }
+} places;
 
 }  // namespace
 
@@ -120,6 +165,7 @@ void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context)
         Pieces alone = Pieces::all_of(count);
         return work(context, alone);
     }
+    places.make_way();
     uint32_t job = newest_job.load() + 1;
     if (job == 0) job = 1;
     // a helper that is late for the last job must not take what it reads here for a part of that one
@@ -143,4 +189,5 @@ EXPORT void inferfleet_set_threads(int64_t count) {
     std::lock_guard<std::mutex> lock(owner);
     start_helpers(count - 1);
     num_helpers.store(count - 1);
+    places.choose(count);
 }
