@@ -246,8 +246,9 @@ class Agent:
     def on_step(self, step: Step) -> None:
         self._last_engine_step = self._clock()
         self._num_tokens += sum(len(run.ids) for run in step.runs)
-        self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
-        self.metrics.engine_stats = step.stats
+        if step.stats:
+            self._stats = step.stats | {"tokens": self._num_tokens, "fenced": self._num_fenced}
+            self.metrics.engine_stats = step.stats
         self._jobs.on_step(step)
         self._news.set()
         self._room_changed.set()

@@ -141,7 +141,8 @@ class Step:
     `stats` are counters since start: steps, batch_max, preemptions, prefix_hits, prefix_hit_tokens,
     chunked_prompts, prefill_tokens (encoder_tokens among them), decode_tokens, encoder_passes, encoder_tokens,
     draft_tokens, accepted_tokens (those of them that were right), steps_too_large; and of now: running, waiting,
-    waiting_for_slot (those among them for whose adapters there is no slot), blocks_free, blocks_total, step_ms.
+    waiting_for_slot (those among them for whose adapters there is no slot), blocks_free, blocks_total, step_ms. Without
+    any they have not been counted again.
     """
 
     step: int

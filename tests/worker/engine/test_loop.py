@@ -431,24 +431,14 @@ def test_an_idle_loop_waits_for_its_inbox_and_a_busy_one_does_not() -> None:
     assert waits == [True]
 
 
-def test_every_step_carries_the_counters_of_the_pipe() -> None:
-    harness = Harness()
-    harness.submit(submit("a", [10, 11, 12]))
-    harness.run_until_idle()
-    assert all(set(step.stats) == set(STATS) for step in harness.steps)
-    last = harness.steps[-1].stats
-    assert (last["steps"], last["prefill_tokens"], last["decode_tokens"]) == (8, 3, 7)
-    assert (last["running"], last["waiting"], last["blocks_free"], last["blocks_total"]) == (0, 0, 20, 20)
-
-
-def slow_harness(sizes: EngineLimits) -> Harness:
-    """Every step takes a second, and mixed ones should take 0.2."""
+def slow_harness(sizes: EngineLimits, seconds: float = 1.0) -> Harness:
+    """Every step takes so long, and mixed ones should take 0.2 seconds."""
     harness = Harness(sizes)
     device = RecordingDevice(harness)
     collect = device.collect
 
     def slow_collect(handle: Staged) -> StepResult:
-        harness.clock.now += 1.0
+        harness.clock.now += seconds
         return collect(handle)
 
     device.collect = slow_collect
@@ -512,27 +502,34 @@ def test_a_step_without_prompts_gives_way_to_them_where_there_would_be_none(monk
     harness.check_outcomes()
 
 
-class SlowDevice(FakeDevice):
-    """Each step takes `seconds` by the harness's clock."""
-
-    pass_time, seconds = staticmethod(lambda seconds: None), 0.0
-
-    def collect(self, handle: Staged) -> StepResult:
-        self.pass_time(self.seconds)
-        return super().collect(handle)
-
-
 @pytest.mark.parametrize(("seconds", "rest"), [(0.0016, 0.0001), (0.0064, REST_S), (0.5, REST_S)])
 def test_who_carries_tokens_has_the_cores_before_the_next_step(seconds: float, rest: float) -> None:
-    harness = Harness(limits(max_batch_prefill_tokens=8), device_class=SlowDevice)
-    device = harness.device
-    assert isinstance(device, SlowDevice)
-    device.seconds, device.pass_time = seconds, lambda passed: setattr(harness.clock, "now", harness.clock.now + passed)
-    rests: list[tuple[float, int]] = []
+    harness, rests = slow_harness(limits(max_batch_prefill_tokens=8), seconds), list[tuple[float, int]]()
     harness.loop._rest = lambda wanted: rests.append((wanted, len(harness.steps)))
     harness.submit(submit("a", range(10, 30), max_new_tokens=5, ignore_eos=True))
     harness.run_until_idle()
     with_tokens = [number for number, step in enumerate(harness.steps, 1) if step.runs]
     assert len(with_tokens) == 5 and len(harness.steps) > 5, "steps of a chunked prompt have no tokens"
-    assert [number for _, number in rests] == with_tokens, "a rest follows what was sent"
-    assert [wanted for wanted, _ in rests] == pytest.approx([rest] * 5)
+    assert [number for _, number in rests] == with_tokens[:-1], "a rest follows what was sent unless nothing comes next"
+    assert [wanted for wanted, _ in rests] == pytest.approx([rest] * 4)
+
+
+def test_time_that_has_passed_is_no_rest() -> None:
+    harness, rests = slow_harness(limits(), 0.5), list[float]()
+    harness.loop._rest = rests.append
+    harness.submit(submit("a", [10, 11], max_new_tokens=3, ignore_eos=True))
+    for passed in (0.75 * REST_S, REST_S, 0.0):
+        harness.run_pass()
+        harness.clock.now += passed
+    assert sum(bool(step.runs) for step in harness.steps) == 3
+    assert rests == pytest.approx([0.25 * REST_S])
+
+
+def test_counters_of_the_pipe_are_told_when_due_and_before_a_silence() -> None:
+    harness = slow_harness(limits(), 0.02)
+    harness.submit(submit("a", [10, 11], max_new_tokens=9, ignore_eos=True))
+    harness.run_until_idle()
+    assert [step.step for step in harness.steps if step.stats] == [1, 4, 7, 9]
+    told = harness.steps[-1].stats
+    assert set(told) == set(STATS)
+    assert told["decode_tokens"] == 8 and told["running"] == 0 and told["step_ms"] == pytest.approx(20)
