@@ -27,7 +27,6 @@ from worker.engine.device import Device
 from worker.engine.loop import EngineLoop, Inbox
 from worker.engine.pacing import PrefillPacer
 from worker.engine.scheduler import Scheduler, limits_of
-from worker.engine_client import num_cores
 from worker.parallel.group import Meeting, RankLost
 from worker.parallel.leader import Leader
 from worker.parallel.loading import LoadDevice, load_torch_device
@@ -119,13 +118,7 @@ def _run(device: Device, ready: Ready, settings: WorkerSettings, inbox: Inbox, s
     pacer = PrefillPacer(ready.max_batch_prefill_tokens, settings.prefill_step)
     keep_pauses_short()
     send(ready)
-    rest = time.sleep if _takes_every_core(device, settings) else None
-    EngineLoop(device, scheduler, pacer, inbox, send, rest=rest).run()
-
-
-def _takes_every_core(device: Device, settings: WorkerSettings) -> bool:
-    """Whether steps are computed by as many threads as there are cores."""
-    return device.depth == 0 and not 0 < settings.threads < num_cores()
+    EngineLoop(device, scheduler, pacer, inbox, send).run()
 
 
 def _receive(stream: BinaryIO, inbox: Inbox) -> None:

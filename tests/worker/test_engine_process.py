@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from common.settings import WorkerSettings
-from tests.worker.engine.fake_device import FakeDevice, Oracle
+from tests.worker.engine.fake_device import Oracle
 from tests.worker.engine.fake_process import LIMITS
 from tests.worker.engine.harness import submit
-from worker import engine_process
 from worker.pipe import Commit, Failed, Message, Progress, Ready, Step, Stop, encode, read_message
 
 DEADLINE_S = 30.0
@@ -185,15 +183,3 @@ def test_it_dies_with_the_process_that_started_it(start: Callable[..., Engine]) 
     while is_alive(pid):
         assert time.monotonic() < deadline, "the engine outlives its parent"
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    ("depth", "threads", "cores", "is_so"), [(0, 0, 4, True), (0, 4, 4, True), (0, 3, 4, False), (1, 0, 4, False)]
-)
-def test_steps_leave_room_for_others_unless_they_take_every_core(
-    monkeypatch: pytest.MonkeyPatch, depth: int, threads: int, cores: int, is_so: bool
-) -> None:
-    """A device of depth 1 computes elsewhere."""
-    monkeypatch.setattr(engine_process, "num_cores", lambda: cores)
-    found = engine_process._takes_every_core(FakeDevice(LIMITS, depth), WorkerSettings(threads=threads))
-    assert found is is_so

@@ -39,10 +39,6 @@ from worker.pipe import Abort, AdapterChecked, CheckAdapter, Commit, Message, St
 MAX_UNCOMMITTED_STEPS = 64
 MAX_UNCOMMITTED_S = 2.0
 
-REST_S = 0.4e-3
-MOST_OF_STEP = 1 / 16
-"""A rest between two steps and what share of a step it may be. Agent, Redis and gateway need 0.5 ms of a core for one
-stream's token; who has not had them when threads of the next step take every core waits for the kernel's tick, 4 ms."""
 STATS_EVERY_S = 0.05
 """To count and to write down takes as long as a small kernel."""
 
@@ -86,8 +82,7 @@ class Uncommitted:
 
 class EngineLoop:
     """Runs in the main thread of the engine process. `inbox` is filled by another thread; None means the agent is
-    gone. `rest`, for a device that takes every core of this machine, sleeps so many seconds: those who carry tokens to
-    clients get the cores before the next step."""
+    gone."""
 
     def __init__(
         self,
@@ -97,17 +92,16 @@ class EngineLoop:
         inbox: Inbox,
         send: Callable[[Step | AdapterChecked], None],
         clock: Callable[[], float] = time.monotonic,
-        rest: Callable[[float], None] | None = None,
     ) -> None:
         self.device, self.scheduler, self.pacer = device, scheduler, pacer
-        self.inbox, self.send, self.clock, self._rest = inbox, send, clock, rest
+        self.inbox, self.send, self.clock = inbox, send, clock
         self._pending: deque[Pending] = deque()
         self._answers: list[TokenRun] = []
         self._uncommitted = Uncommitted(clock)
         self._num_arrivals = 0
         self._num_sent = 0
         self._last_applied_at = 0.0
-        self._rests_until = self._stats_due_at = 0.0
+        self._stats_due_at = 0.0
 
     def run(self) -> None:
         """Until the agent says Stop or is gone. Steps under way are applied and sent first.
@@ -146,7 +140,6 @@ class EngineLoop:
         self._send_answers()
 
     def _launch(self, launch: Launch) -> None:
-        self._let_others_go()
         depth, launched_at = self.device.depth, self.clock()
         self.device.forward(launch.plan)
         if self._pending and len(self._pending) >= depth:
@@ -154,10 +147,6 @@ class EngineLoop:
         self._pending.append(Pending(launch, self.device.sample(launch.plan), launched_at))
         if len(self._pending) > depth:
             self._apply_oldest()
-
-    def _let_others_go(self) -> None:
-        if self._rest is not None and (seconds := self._rests_until - self.clock()) > 0:
-            self._rest(seconds)
 
     def _take_back(self, launch: Launch, error: StepTooLarge) -> None:
         while self._pending:
@@ -227,8 +216,6 @@ class EngineLoop:
         if runs:
             self._uncommitted.sent(self._num_sent)
         self.send(Step(step=self._num_sent, runs=runs, stats=self._stats(seconds)))
-        if runs:
-            self._rests_until = self.clock() + min(REST_S, MOST_OF_STEP * seconds)
 
     def _stats(self, seconds: float) -> dict[str, float]:
         """Those of now if they are due, which they are too before a silence."""

@@ -127,7 +127,7 @@ def _opened(level: Level) -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise _CannotCompile(f"the system does not load what was compiled: {error}") from error
-    library.inferfleet_set_threads.argtypes = [ctypes.c_int64]
+    library.inferfleet_set_threads.argtypes = library.inferfleet_set_rest.argtypes = [ctypes.c_int64]
     return library if library.inferfleet_is_usable() else None
 
 

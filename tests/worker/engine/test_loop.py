@@ -13,7 +13,7 @@ from common.errors import InferfleetError
 from tests.worker.engine.fake_device import DeviceMisuse, FakeDevice, Staged
 from tests.worker.engine.harness import Harness, encoder_limits, limits, random_traffic, submit
 from worker.engine.device import StepPlan, StepResult
-from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, REST_S, EngineStalled
+from worker.engine.loop import MAX_UNCOMMITTED_S, MAX_UNCOMMITTED_STEPS, EngineStalled
 from worker.engine.pacing import PrefillPacer
 from worker.engine.plan import Entry, PlanBuilder
 from worker.engine.request import Request, Residency
@@ -500,29 +500,6 @@ def test_a_step_without_prompts_gives_way_to_them_where_there_would_be_none(monk
     harness.run_until_idle()
     assert len(budgets) > 5
     harness.check_outcomes()
-
-
-@pytest.mark.parametrize(("seconds", "rest"), [(0.0016, 0.0001), (0.0064, REST_S), (0.5, REST_S)])
-def test_who_carries_tokens_has_the_cores_before_the_next_step(seconds: float, rest: float) -> None:
-    harness, rests = slow_harness(limits(max_batch_prefill_tokens=8), seconds), list[tuple[float, int]]()
-    harness.loop._rest = lambda wanted: rests.append((wanted, len(harness.steps)))
-    harness.submit(submit("a", range(10, 30), max_new_tokens=5, ignore_eos=True))
-    harness.run_until_idle()
-    with_tokens = [number for number, step in enumerate(harness.steps, 1) if step.runs]
-    assert len(with_tokens) == 5 and len(harness.steps) > 5, "steps of a chunked prompt have no tokens"
-    assert [number for _, number in rests] == with_tokens[:-1], "a rest follows what was sent unless nothing comes next"
-    assert [wanted for wanted, _ in rests] == pytest.approx([rest] * 4)
-
-
-def test_time_that_has_passed_is_no_rest() -> None:
-    harness, rests = slow_harness(limits(), 0.5), list[float]()
-    harness.loop._rest = rests.append
-    harness.submit(submit("a", [10, 11], max_new_tokens=3, ignore_eos=True))
-    for passed in (0.75 * REST_S, REST_S, 0.0):
-        harness.run_pass()
-        harness.clock.now += passed
-    assert sum(bool(step.runs) for step in harness.steps) == 3
-    assert rests == pytest.approx([0.25 * REST_S])
 
 
 def test_counters_of_the_pipe_are_told_when_due_and_before_a_silence() -> None:

@@ -102,7 +102,8 @@ def test_what_a_killed_compilation_left_is_gone_after_the_next(cache, monkeypatc
 def test_finished_libraries_need_no_compiler_as_long_as_the_sources_are_theirs(cache, monkeypatch, tmp_path):
     sources, finished = tmp_path / "source", tmp_path / "finished"
     sources.mkdir()
-    words = [f'extern "C" int inferfleet_{name} {{ return 1; }}\n' for name in ("is_usable()", "set_threads(long)")]
+    names = ("is_usable()", "set_threads(long)", "set_rest(long)")
+    words = [f'extern "C" int inferfleet_{name} {{ return 1; }}\n' for name in names]
     (sources / "usable.cpp").write_text("".join(words))
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(build, "FINISHED", finished)

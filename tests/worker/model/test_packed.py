@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,41 @@ def test_layers_in_one_call_are_those_one_by_one_to_the_last_bit(tiny, name, dty
     layers[0], layers[1] = layers[1], layers[0]
     swapped = paged_logits(decoder, model.sequences)[0]
     assert not any(torch.equal(*pair) for pair in zip(together, swapped, strict=True))
+
+
+@pytest.fixture
+def library():
+    """With a thread for every core, and callers that would rest for as long as they may."""
+    library = load_library()
+    library.inferfleet_set_threads(len(os.sched_getaffinity(0)))
+    library.inferfleet_set_rest(10**9)
+    yield library
+    library.inferfleet_set_rest(0)
+    library.inferfleet_set_threads(3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_while_the_caller_rests_a_helper_leads_and_changes_nothing(tiny, library, dtype):
+    model = tiny("qwen3")
+    decoder = with_kernels(load_decoder(model.folder, dtype=dtype))
+    before, found = library.inferfleet_num_led(), []
+    while library.inferfleet_num_led() < before + 20:
+        found.append(paged_logits(decoder, model.sequences)[0])
+    library.inferfleet_set_rest(0)
+    num_led = library.inferfleet_num_led()
+    expected = paged_logits(decoder, model.sequences)[0]
+    assert library.inferfleet_num_led() == num_led, "nobody rests now"
+    assert all(torch.equal(*pair) for each in found for pair in zip(each, expected, strict=True))
+
+
+def test_the_caller_does_not_rest_where_cores_are_left_over(tiny, library):
+    model = tiny("qwen3")
+    decoder = with_kernels(load_decoder(model.folder))
+    library.inferfleet_set_threads(len(os.sched_getaffinity(0)) + 1)
+    before = library.inferfleet_num_led()
+    for _ in range(20):
+        paged_logits(decoder, model.sequences)
+    assert library.inferfleet_num_led() == before
 
 
 SIZES = [5, 1, 13, 4]

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <mutex>
 #include <thread>
@@ -34,6 +35,7 @@ std::atomic<void*> job_context{nullptr};
 
 std::mutex owner;  // of the pool; who finds it taken works alone
 std::atomic<int64_t> num_helpers{0};
+std::atomic<int64_t> num_led{0};  // steps that a helper led through
 std::vector<pthread_t> helpers;  // all that were started, working or not
 
 void sleep_until_newer(uint32_t job) {
@@ -88,10 +90,37 @@ bool Pieces::next(int64_t& index) {
     return claim(index);
 }
 
+namespace {
+
+thread_local bool is_helper = false;
+
+// What a helper leads through in its caller's place, or the caller after all where the helper gets no core.
+struct Lead {
+    std::atomic<bool> is_free{false}, is_over{true};
+    void (*work)(void*) = nullptr;
+    void* context = nullptr;
+
+    void offer(void (*offered)(void*), void* its_context);
+
+    bool take() {
+        if (!is_free.load() || !is_free.exchange(false)) return false;
+        work(context);
+        is_over.store(true);
+        return true;
+    }
+} lead;
+
+}  // namespace
+
 struct Helper {
     static void run(int64_t number) {
+        is_helper = true;
         for (uint32_t job = 0;;) {
             job = wait_for_job_after(job);
+            if (number == 0 && lead.take()) {
+                num_led.fetch_add(1);
+                continue;
+            }
             if (number < num_helpers.load()) take_part(job);
         }
     }
@@ -156,6 +185,42 @@ struct Places {
     }
 } places;
 
+std::atomic<int64_t> rest_ns{0};
+constexpr int64_t STEPS_TO_REST = 16;  // a rest is to the last step as one to this
+
+// A job of its own number, without pieces yet.
+uint32_t new_job() {
+    uint32_t job = newest_job.load() + 1;
+    if (job == 0) job = 1;
+    // a helper that is late for the last job must not take what it reads here for a part of that one
+    ticket.store((uint64_t)job << 32 | INDEX_MASK);
+    return job;
+}
+
+void announce(uint32_t job, int64_t num_wanted) {
+    newest_job.store(job);
+    if (num_asleep.load()) wake(num_wanted);
+}
+
+void Lead::offer(void (*offered)(void*), void* its_context) {
+    std::lock_guard<std::mutex> lock(owner);
+    places.make_way();
+    work = offered, context = its_context;
+    is_over.store(false), is_free.store(true);
+    announce(new_job(), num_helpers.load());
+}
+
+// Work like a helper until the lead is over.
+void follow() {
+    uint32_t job = 0;
+    for (int spin = 0; !lead.is_over.load(std::memory_order_acquire); ++spin) {
+        if (lead.take()) return;
+        if (newest_job.load(std::memory_order_acquire) != job) Helper::take_part(job = newest_job.load()), spin = 0;
+        else if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
+        else sched_yield();
+    }
+}
+
 }  // namespace
 
 void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context) {
@@ -165,22 +230,35 @@ void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context)
         Pieces alone = Pieces::all_of(count);
         return work(context, alone);
     }
-    places.make_way();
-    uint32_t job = newest_job.load() + 1;
-    if (job == 0) job = 1;
-    // a helper that is late for the last job must not take what it reads here for a part of that one
-    ticket.store((uint64_t)job << 32 | INDEX_MASK);
+    if (!is_helper) places.make_way();
+    uint32_t job = new_job();
     job_work.store(work), job_context.store(context), job_count.store(count);
     num_done.store(0);
     ticket.store((uint64_t)job << 32, std::memory_order_release);
-    newest_job.store(job);
-    if (num_asleep.load()) wake(std::min(num_helpers.load(), count - 1));
+    announce(job, std::min(num_helpers.load(), count - 1));
     Pieces own(job, count);
     work(context, own);
     for (int spin = 0; num_done.load(std::memory_order_acquire) < count; ++spin) {
         if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
         else sched_yield();
     }
+}
+
+void run_after_rest(void (*work)(void*), void* context) {
+    static std::mutex only_one;
+    static int64_t last_ns = 0;
+    std::unique_lock<std::mutex> is_only(only_one, std::try_to_lock);
+    if (!is_only.owns_lock()) return work(context);
+    auto start = std::chrono::steady_clock::now();
+    int64_t nanoseconds = places.cores.empty() ? 0 : std::min(rest_ns.load(), last_ns / STEPS_TO_REST);
+    if (nanoseconds) {
+        lead.offer(work, context);
+        std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds));
+        follow();
+    } else {
+        work(context);
+    }
+    last_ns = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
 }
 
 int64_t num_threads() { return num_helpers.load() + 1; }
@@ -191,3 +269,9 @@ EXPORT void inferfleet_set_threads(int64_t count) {
     num_helpers.store(count - 1);
     places.choose(count);
 }
+
+// Where threads take every core the caller of a step joins the others this much later, but by no more than a sixteenth of
+// the last step: whoever carries the tokens of that one to clients has the caller's core meanwhile.
+EXPORT void inferfleet_set_rest(int64_t nanoseconds) { rest_ns.store(nanoseconds); }
+
+EXPORT int64_t inferfleet_num_led() { return num_led.load(); }

@@ -55,3 +55,6 @@ void for_each_in_parallel(int64_t count, const Work& work) {
 }
 
 int64_t num_threads();
+
+// Run `work`, which calls the above. The caller may join in only after a rest, while a helper leads.
+void run_after_rest(void (*work)(void*), void* context);

@@ -12,6 +12,7 @@
 // Ranks hold parts of heads and widths, and add up what out and down give.
 
 #include "kernels.h"
+#include "pool.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -257,7 +258,16 @@ class Run {
     float* angles_;
 };
 
+template <class T>
+bool run(const Stack& stack, const StackStep& step) {
+    Run<T> run(stack, step);
+    bool has_run = false;
+    auto lead = [&] { has_run = run.run(); };
+    run_after_rest([](void* context) { (*(decltype(lead)*)context)(); }, &lead);
+    return has_run;
+}
+
 }  // namespace
 
-EXPORT bool inferfleet_run_stack_f32(const Stack* stack, const StackStep* step) { return Run<float>(*stack, *step).run(); }
-EXPORT bool inferfleet_run_stack_bf16(const Stack* stack, const StackStep* step) { return Run<bf16>(*stack, *step).run(); }
+EXPORT bool inferfleet_run_stack_f32(const Stack* stack, const StackStep* step) { return run<float>(*stack, *step); }
+EXPORT bool inferfleet_run_stack_bf16(const Stack* stack, const StackStep* step) { return run<bf16>(*stack, *step); }
