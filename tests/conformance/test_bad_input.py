@@ -21,7 +21,7 @@ from tests.conformance.test_command_line import BAD as COMMAND_LINES
 from tests.support.fleet import DEMO_MODEL, FleetProcess, free_port, wait_for
 
 KEY = "the-right-key"
-ENDLESS = {"input": {"inputs": "Count to 100", "parameters": {"max_new_tokens": 2000, "ignore_eos": True}}}
+ENDLESS = {"input": {"inputs": "Count to 100", "parameters": {"max_new_tokens": 4000, "ignore_eos": True}}}
 SHORT = {"input": {"inputs": "Count to 10", "parameters": {"max_new_tokens": 5, "ignore_eos": True}}}
 GOOD = {"inputs": "Count to 10", "parameters": {"max_new_tokens": 1}}
 NOBODY = "job_abcdef" + "2" * 22
