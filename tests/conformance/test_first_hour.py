@@ -93,11 +93,11 @@ def test_the_start_says_what_fits(served: Served) -> None:
 
 
 def test_disconnect_cancels(tmp_path: Path) -> None:
-    with up(tmp_path, "--disconnect-grace", "0.1") as served:
+    with up(tmp_path, "--disconnect-grace", "0.5") as served:
         with served.client() as client, client.stream("POST", "/generate_stream", json=LONG) as response:
             job_id = response.headers["x-job-id"]
             next(response.iter_lines())
-        assert job(served, job_id)["status"] == "in_progress"
+            assert job(served, job_id)["status"] == "in_progress"
         ended = wait_for(lambda: (found := job(served, job_id))["finished_at"] and found, "the job was cancelled")
         assert ended["status"] == "cancelled"
         assert 0 < ended["num_tokens"] < 3900
