@@ -104,6 +104,7 @@ struct Lead {
 
     bool take() {
         if (!is_free.load() || !is_free.exchange(false)) return false;
+        num_led.fetch_add(is_helper);
         work(context);
         is_over.store(true);
         return true;
@@ -117,10 +118,7 @@ struct Helper {
         is_helper = true;
         for (uint32_t job = 0;;) {
             job = wait_for_job_after(job);
-            if (number == 0 && lead.take()) {
-                num_led.fetch_add(1);
-                continue;
-            }
+            if (number == 0 && lead.take()) continue;
             if (number < num_helpers.load()) take_part(job);
         }
     }
