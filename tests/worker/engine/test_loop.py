@@ -504,9 +504,12 @@ def test_a_step_without_prompts_gives_way_to_them_where_there_would_be_none(monk
 
 def test_counters_of_the_pipe_are_told_when_due_and_before_a_silence() -> None:
     harness = slow_harness(limits(), 0.02)
-    harness.submit(submit("a", [10, 11], max_new_tokens=9, ignore_eos=True))
+    harness.submit(submit("a", [10, 11, 12]))
     harness.run_until_idle()
-    assert [step.step for step in harness.steps if step.stats] == [1, 4, 7, 9]
-    told = harness.steps[-1].stats
-    assert set(told) == set(STATS)
-    assert told["decode_tokens"] == 8 and told["running"] == 0 and told["step_ms"] == pytest.approx(20)
+    told = [step for step in harness.steps if step.stats]
+    assert [step.step for step in told] == [1, 4, 7, 8]
+    assert all(set(step.stats) == set(STATS) for step in told)
+    last = told[-1].stats
+    assert (last["steps"], last["prefill_tokens"], last["decode_tokens"]) == (8, 3, 7)
+    assert (last["running"], last["waiting"], last["blocks_free"], last["blocks_total"]) == (0, 0, 20, 20)
+    assert last["step_ms"] == pytest.approx(20)

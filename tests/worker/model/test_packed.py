@@ -81,7 +81,7 @@ def test_while_the_caller_rests_a_helper_leads_and_changes_nothing(tiny, library
     assert all(torch.equal(*pair) for each in found for pair in zip(each, expected, strict=True))
 
 
-def test_the_caller_does_not_rest_where_cores_are_left_over(tiny, library):
+def test_callers_rest_only_where_each_thread_has_a_core(tiny, library):
     model = tiny("qwen3")
     decoder = with_kernels(load_decoder(model.folder))
     library.inferfleet_set_threads(len(os.sched_getaffinity(0)) + 1)

@@ -46,6 +46,11 @@ void sleep_until_newer(uint32_t job) {
 
 void wake(int64_t count) { syscall(SYS_futex, &newest_job, FUTEX_WAKE_PRIVATE, (int)std::min<int64_t>(count, INT_MAX)); }
 
+void pause_or_yield(int spin) {
+    if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
+    else sched_yield();
+}
+
 uint32_t wait_for_job_after(uint32_t job) {
     for (int spin = 0; newest_job.load(std::memory_order_acquire) == job; ++spin) {
         if (spin < NUM_SPINS) _mm_pause();
@@ -214,8 +219,7 @@ void follow() {
     for (int spin = 0; !lead.is_over.load(std::memory_order_acquire); ++spin) {
         if (lead.take()) return;
         if (newest_job.load(std::memory_order_acquire) != job) Helper::take_part(job = newest_job.load()), spin = 0;
-        else if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
-        else sched_yield();
+        else pause_or_yield(spin);
     }
 }
 
@@ -236,10 +240,7 @@ void run_in_parallel(int64_t count, void (*work)(void*, Pieces&), void* context)
     announce(job, std::min(num_helpers.load(), count - 1));
     Pieces own(job, count);
     work(context, own);
-    for (int spin = 0; num_done.load(std::memory_order_acquire) < count; ++spin) {
-        if (spin % SPINS_BEFORE_YIELD < SPINS_BEFORE_YIELD - 1) _mm_pause();
-        else sched_yield();
-    }
+    for (int spin = 0; num_done.load(std::memory_order_acquire) < count; ++spin) pause_or_yield(spin);
 }
 
 void run_after_rest(void (*work)(void*), void* context) {
