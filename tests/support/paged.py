@@ -77,7 +77,7 @@ def paged_logits(
         on_step(np.repeat(rows, sizes))
         logits = run_step(decoder, sequences, tables, pages, computed, rows, sizes)
         for row, part in zip(rows, logits.split(sizes)):
-            outputs[row].append(part)
+            outputs[row].append(part.clone())
             computed[row] += len(part)
         steps.append(sizes)
     return [torch.cat(parts) for parts in outputs], steps

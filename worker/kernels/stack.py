@@ -19,8 +19,12 @@ from worker.kernels.products import INTEGER, POINTER, PackedEmbedding, PackedLin
 from worker.model.lora import AdaptedLinear
 from worker.model.operations import Layers, Summary
 from worker.model.spec import Norm, Rope
+from worker.model.untouched import untouched_zeros
 from worker.model.weights import DenseEmbedding, Embedding, LayerWeights, Linear, MlpWeights, NormWeights
 from worker.parallel.exchange import require
+
+NUM_ROWS = 128
+"""Of logits that are promised room at first; those that no step writes take no memory."""
 
 
 class _Norm(ctypes.Structure):
@@ -81,8 +85,8 @@ class NewSummary:
 
 
 class NativeStack:
-    """Tokens to logits; bit for bit what the layers come to one by one. `is_ready` says whether a step can go this
-    way. Raises RankLost as a group does."""
+    """Tokens to logits, which the next step writes over; bit for bit what the layers come to one by one. `is_ready`
+    says whether a step can go this way. Raises RankLost as a group does."""
 
     def __init__(self, library: ctypes.CDLL, layers: Layers, attention: NativeAttention, activation: int) -> None:
         dtype, hidden = _products(layers.weights[0])[0].dtype, _products(layers.weights[0])[0].num_in
@@ -117,6 +121,7 @@ class NativeStack:
         arguments = [POINTER, POINTER]
         self._run: Callable[..., Any] = function_of(library, "run_stack", dtype, arguments, ctypes.c_bool)
         self._dtype, self._layers = dtype, layers
+        self._out = torch.empty((0, self._width), dtype=dtype)
         self._last: tuple[Tensor, Summary] | None = None
 
     def is_ready(self, pages: Tensor) -> bool:
@@ -129,7 +134,7 @@ class NativeStack:
         x = None if self._has_rows else self._layers.embed(tokens, positions)
         assert x is None or (x.dtype is self._dtype and x.is_contiguous())
         num_wanted = len(wanted)
-        out = torch.empty((num_wanted, self._width), dtype=self._dtype)
+        out = self._rows(num_wanted)
         summary = NewSummary(num_wanted)
         step = _Step(
             tokens.data_ptr(),
@@ -150,6 +155,12 @@ class NativeStack:
             return self._layers.head(out)
         self._last = out, summary.arrays
         return out
+
+    def _rows(self, num_rows: int) -> Tensor:
+        """Apart from an allocator's memory, where each step's would leave another hole between small things."""
+        if num_rows > len(self._out):
+            self._out = untouched_zeros((max(num_rows, NUM_ROWS), self._width), self._dtype)
+        return self._out[:num_rows]
 
     def summary_of(self, logits: Tensor) -> Summary | None:
         return self._last[1] if self._last is not None and self._last[0] is logits else None

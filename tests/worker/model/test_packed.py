@@ -121,6 +121,7 @@ def test_tokens_that_nobody_samples_behind_change_nothing(tiny, name, dtype):
     model = tiny(name)
     decoder = with_kernels(load_decoder(model.folder, dtype=dtype))
     everything, all_pages = run_wanted(decoder, model.sequences, None)
+    everything = everything.clone()
     for case, wanted in WANTED.items():
         logits, pages = run_wanted(decoder, model.sequences, wanted)
         assert torch.equal(logits, everything[wanted]) and torch.equal(pages, all_pages), case
@@ -130,13 +131,33 @@ def test_tokens_that_nobody_samples_behind_change_nothing(tiny, name, dtype):
 def test_what_is_summarised_by_the_way_is_of_these_logits_alone(tiny):
     model = tiny("qwen3")
     decoder = with_kernels(load_decoder(model.folder))
-    earlier, _ = run_wanted(decoder, model.sequences, [4, 5])
+    earlier = run_wanted(decoder, model.sequences, [4, 5])[0].clone()
     logits, _ = run_wanted(decoder, model.sequences, [18, 22])
     assert decoder._stack.summary_of(logits) is not None
     for each in (logits, earlier, logits + 1.0):
         found, expected = decoder.summarise(each), decoder.operations.summarise(each)
         assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
     assert not np.array_equal(decoder.summarise(logits)[2], decoder.summarise(earlier)[2])
+
+
+def test_a_step_writes_its_logits_over_those_before(tiny):
+    model = tiny("qwen3")
+    decoder = with_kernels(load_decoder(model.folder))
+    one, _ = run_wanted(decoder, model.sequences, [4])
+    kept = one.clone()
+    logits, _ = run_wanted(decoder, model.sequences, [18, 22])
+    assert logits.data_ptr() == one.data_ptr() and not torch.equal(one, kept)
+    again, _ = run_wanted(decoder, model.sequences, [4])
+    assert torch.equal(again, kept)
+
+
+def test_more_rows_than_logits_were_promised_room(tiny, monkeypatch):
+    monkeypatch.setattr("worker.kernels.stack.NUM_ROWS", 1)
+    model = tiny("qwen3")
+    decoder = with_kernels(load_decoder(model.folder))
+    one = run_wanted(decoder, model.sequences, [4])[0].clone()
+    more, _ = run_wanted(decoder, model.sequences, [4, 22])
+    assert len(one) == 1 and torch.equal(more[:1], one) and not torch.equal(more[1:], one)
 
 
 @pytest.mark.parametrize("case", WANTED)

@@ -84,20 +84,30 @@ struct Kernels<bf16> {
     static constexpr auto add_up = inferfleet_add_up_bf16;
 };
 
+// What is dead when another begins gives it its place: `attended` that of `heads`, `inner` those of all behind `normed`.
+// What is dead when another begins leaves it its place: `attended` has that of `heads`, `inner` all behind `normed`.
 template <class T>
 struct Buffers {
-    T *x, *sums, *normed, *heads, *normed_heads, *q, *attended, *inner;
+    T *x, *sums, *normed, *heads, *q, *normed_heads, *attended, *inner;
 
     Buffers(const Stack& stack, int64_t num_tokens) {
-        int64_t queries = stack.num_heads * stack.head_dim, turned = queries + stack.num_kv_heads * stack.head_dim, widest = 0;
-        for (int64_t layer = 0; layer < stack.num_layers; ++layer) widest = std::max(widest, stack.layers[layer].down->k);
-        int64_t hidden = stack.hidden, widths[] = {hidden, hidden, hidden, 2 * turned - queries, turned, queries, queries, widest};
-        T** places[] = {&x, &sums, &normed, &heads, &normed_heads, &q, &attended, &inner};
-        int64_t all = 0;
-        for (int64_t& width : widths) width = ceil_div(width * num_tokens, 64) * 64, all += width;
-        T* place = (T*)scratch<Buffers>(all * sizeof(T));
-        for (int64_t index = 0; index < 8; ++index) *places[index] = place, place += widths[index];
+        int64_t queries = stack.num_heads * stack.head_dim, turned = queries + stack.num_kv_heads * stack.head_dim;
+        int64_t widest = 0, num_normed = 0;
+        for (int64_t number = 0; number < stack.num_layers; ++number) {
+            widest = std::max(widest, stack.layers[number].down->k);
+            if (stack.layers[number].qk_norm.weight) num_normed = turned;
+        }
+        int64_t hidden = stack.hidden, widths[] = {hidden, hidden, hidden, 2 * turned - queries, queries, num_normed};
+        T** places[] = {&x, &sums, &normed, &heads, &q, &normed_heads};
+        int64_t ends[7] = {0};
+        for (int64_t index = 0; index < 6; ++index) ends[index + 1] = ends[index] + in_lines(widths[index] * num_tokens);
+        T* memory = (T*)scratch<Buffers>(std::max(ends[6], ends[3] + in_lines(widest * num_tokens)) * sizeof(T));
+        for (int64_t index = 0; index < 6; ++index) *places[index] = memory + ends[index];
+        attended = inner = heads;
     }
+
+  private:
+    static int64_t in_lines(int64_t num_elements) { return ceil_div(num_elements, 64) * 64; }
 };
 
 // Rows `wanted` of x, in the place of the first ones.
