@@ -166,13 +166,23 @@ INLINE void call_next_piece(const char* line) {
 
 constexpr int PARTS = PANEL / WIDTH;  // of a panel
 
+// Rows for which a panel is read from the first byte to the last, which processors see and call what comes next
+// themselves, faster than anybody who asks for it. On those with AMX asking was measured, and came close to what there is.
+#ifdef __AMX_BF16__
+constexpr int MOST_STREAMED = 0;
+#else
+constexpr int MOST_STREAMED = 6;
+#endif
+
 template <int ROWS, int PANELS>
 INLINE void rows_by_panels(const float* const* x, const float* packed, int64_t k, Coming coming, floats (*sums)[2 * PANELS]) {
     static_assert(TURNS_OF_PIECE * PANEL * sizeof(float) == PIECE);
     Register own[ROWS][PARTS * PANELS] = {}, weights;
     for (int64_t at = 0; at < k; ++at, packed += PANEL) {
-        coming.call_some(at % TURNS_OF_PIECE);
-        for (int panel = 0; panel < PANELS; ++panel) call_next_piece<LINE>((const char*)(packed + panel * k * PANEL));
+        if constexpr (PANELS > 1 || ROWS > MOST_STREAMED) {
+            coming.call_some(at % TURNS_OF_PIECE);
+            for (int panel = 0; panel < PANELS; ++panel) call_next_piece<LINE>((const char*)(packed + panel * k * PANEL));
+        }
         for (int part = 0; part < PARTS * PANELS; ++part) {
             memcpy(&weights, packed + part / PARTS * k * PANEL + part % PARTS * WIDTH, sizeof weights);
             for (int row = 0; row < ROWS; ++row) own[row][part] += x[row][at] * weights;
@@ -205,12 +215,9 @@ INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const 
     }
 }
 
-constexpr int MOST_STREAMED = 2;  // rows
-
 std::atomic<bool> are_passing{false};  // weights, leaving shared caches to others
 
-// Whole steps of a panel, tile after tile: so it is read from the first byte to the last, which processors see and call
-// what comes next themselves, faster than anybody who asks for it.
+// Whole steps of a panel, tile after tile: in the order in which they lie.
 template <int ROWS, bool ARE_PASSING>
 INLINE void stream_steps(const bf16* const* x, const bf16* packed, int64_t num_steps, Register (&sums)[ROWS][PARTS]) {
     for (int64_t at = 0; at < num_steps * STEP; at += STEP)
