@@ -84,7 +84,6 @@ struct Kernels<bf16> {
     static constexpr auto add_up = inferfleet_add_up_bf16;
 };
 
-// What is dead when another begins gives it its place: `attended` that of `heads`, `inner` those of all behind `normed`.
 // What is dead when another begins leaves it its place: `attended` has that of `heads`, `inner` all behind `normed`.
 template <class T>
 struct Buffers {
