@@ -16,12 +16,15 @@ def about(rounds: int) -> dict[str, Any]:
 
 
 def cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
-    """As the processor calls itself; "unknown" where that cannot be read."""
+    """As the processor calls itself, with its family and model where there are any, since virtual machines often call
+    several generations the same; "unknown" where that cannot be read."""
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.partition(":") for line in path.read_text().splitlines()]
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    known = {name.strip(): value.strip() for name, _, value in lines}
+    generation = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+    return known.get("model name", "unknown") + generation
 
 
 def caption(found: dict[str, Any]) -> str:

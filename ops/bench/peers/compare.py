@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ops.bench.about import cpu_name
 from ops.bench.peers.agreement import NUM_POSITIONS, NUM_TOP, difference, tolerance
 from ops.bench.peers.checkpoints import DTYPES, SHAPES
 from ops.bench.peers.children import Child, ChildFailed
@@ -236,7 +237,7 @@ def origin() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {
-            "processor": known.get("model name", "unknown"),
+            "processor": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "flags": [flag for flag in FLAGS if flag in flags],
         },
