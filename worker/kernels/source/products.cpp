@@ -225,23 +225,33 @@ INLINE void add_pair(const bf16* const* x, int64_t at, int64_t num_bytes, const 
 
 std::atomic<bool> are_passing{false};  // weights, leaving shared caches to others
 
+// 16 pairs of each row times a tile. Its sums leave memory for as long: with those of all tiles at hand the compiler would
+// keep them there, and each turn of the loop wait for what the one before it stored.
+template <int ROWS, bool ARE_PASSING>
+INLINE void stream_tile(const bf16* const* x, int64_t at, const bf16* packed, Register (&sums)[ROWS][PARTS], int first) {
+    constexpr int COLUMNS = TILE / WIDTH;
+    Register own[ROWS][COLUMNS], weights;
+    asm volatile("" ::: "memory");  // each tile loads rows anew: all pairs of a step are more than registers hold
+    for (int row = 0; row < ROWS; ++row) memcpy(own[row], &sums[row][first], sizeof own[row]);
+    for (int pair = 0; pair < STEP / 2; ++pair)
+        for (int column = 0; column < COLUMNS; ++column, packed += 2 * WIDTH) {
+            if (ARE_PASSING) weights = (Register)load_in_passing(packed);
+            else memcpy(&weights, packed, sizeof weights);
+            for (int row = 0; row < ROWS; ++row) {
+                uint32_t numbers;
+                memcpy(&numbers, x[row] + at + 2 * pair, sizeof numbers);
+                own[row][column] = add_pairs(own[row][column], numbers, (Units)weights);
+            }
+        }
+    for (int row = 0; row < ROWS; ++row) memcpy(&sums[row][first], own[row], sizeof own[row]);
+}
+
 // Whole steps of a panel, tile after tile: in the order in which they lie.
 template <int ROWS, bool ARE_PASSING>
 INLINE void stream_steps(const bf16* const* x, const bf16* packed, int64_t num_steps, Register (&sums)[ROWS][PARTS]) {
     for (int64_t at = 0; at < num_steps * STEP; at += STEP)
-        for (int tile = 0; tile < PANEL / TILE; ++tile)
-            for (int pair = 0; pair < STEP / 2; ++pair)
-                for (int column = 0; column < TILE; column += WIDTH, packed += 2 * WIDTH) {
-                    Units weights;
-                    if (ARE_PASSING) weights = load_in_passing(packed);
-                    else memcpy(&weights, packed, sizeof weights);
-                    for (int row = 0; row < ROWS; ++row) {
-                        uint32_t own;
-                        memcpy(&own, x[row] + at + 2 * pair, sizeof own);
-                        Register& sum = sums[row][(tile * TILE + column) / WIDTH];
-                        sum = add_pairs(sum, own, weights);
-                    }
-                }
+        for (int tile = 0; tile < PANEL / TILE; ++tile, packed += TILE * STEP)
+            stream_tile<ROWS, ARE_PASSING>(x, at, packed, sums, tile * TILE / WIDTH);
 }
 
 template <int ROWS, int PANELS>
