@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,8 @@ from ops.bench.roofline import Machine, best
 
 SWEEP_ROUNDS = 2
 NUM_STARTS = 3
+REST_S = 3.0
+"""For what engines do in the background once they have loaded, before others are measured."""
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
 """Of the processor: those that products are written for."""
 
@@ -67,6 +70,7 @@ class Awake:
         say(f"start {engine} {json.dumps(settings)}")
         child = start(engine, self._site, settings)
         self._children[engine] = (settings, child)
+        time.sleep(REST_S)
         child.pause()
         return child
 

@@ -39,6 +39,7 @@ def run(settings: Any, small_folder: Path, tmp_path: Path, monkeypatch) -> Run:
     monkeypatch.setattr(engines, "environment", lambda peer, folder: Environment(Path(sys.executable), {}, None))
     monkeypatch.setattr(engines, "gguf_of", lambda checkpoint, environment: checkpoint / "model.gguf")
     monkeypatch.setattr(compare, "EXACT", {})
+    monkeypatch.setattr(compare, "REST_S", 0.0)
     sizes = {"decode": (3, 4, 5), "single": (1, 4, 6), "prefill": (2, 8, 1)}
     short = {name: workloads._equal(*each) for name, each in sizes.items()}
     monkeypatch.setattr(workloads, "WORKLOADS", workloads.WORKLOADS | short)
