@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-CHUNK, HALF_CHUNK, SMALLEST_CHUNK = 32, 16, 12
+CHUNK, PARTS_OF_CHUNK, SMALLEST_CHUNK = 32, (24, 16), 12
 """Tokens, of which others are multiples: queries and keys then fill the blocks that attention and products work by.
-Where not even one has room it is a half of it, and where that has none the least: with fewer, going through the keys of
-a long prompt costs more than its tokens."""
+Where not even one has room it is a part of it, and where none has the least: with fewer, going through the keys of a
+long prompt costs more than its tokens."""
 WEIGHT_OF_LAST = 0.3
 WEIGHT_FOR_OTHERS = 1 / 64
 """What a step of one size says of those of another: little, but a size that looked too dear is tried again some day."""
@@ -45,7 +45,7 @@ class PrefillPacer:
 
     def budget(self, num_decodes: int, *, has_seniors: bool) -> int:
         """For a step beside so many requests that decode, some of which began before the next prompt came or not: as
-        many times CHUNK as have room, or HALF_CHUNK or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
+        many times CHUNK as have room, or a part of it or SMALLEST_CHUNK, or 0 where a step without prompts is due."""
         if not num_decodes or self.limit_s <= 0 or not self._seconds_per_token:
             return self.max_tokens
         decode_s = self._seconds_of(num_decodes)
@@ -61,7 +61,8 @@ class PrefillPacer:
             most = min(int(seconds / self._price(size)), (1 << size) - 1)
             if (num_tokens := most // CHUNK * CHUNK) >= 1 << size - 1:
                 return num_tokens
-        return HALF_CHUNK if HALF_CHUNK * self._price(HALF_CHUNK.bit_length()) <= seconds else SMALLEST_CHUNK
+        parts = (part for part in PARTS_OF_CHUNK if part * self._price(part.bit_length()) <= seconds)
+        return next(parts, SMALLEST_CHUNK)
 
     def note(self, num_prompt_tokens: int, num_decodes: int, seconds: float) -> None:
         """A step of that many took that long. Few prompt tokens say nothing about their cost."""

@@ -8,7 +8,7 @@ import pytest
 
 from worker.engine.pacing import (
     CHUNK,
-    HALF_CHUNK,
+    PARTS_OF_CHUNK,
     RECENT_STEPS,
     SHARE_OF_PROMPTS,
     SMALLEST_CHUNK,
@@ -93,7 +93,7 @@ def test_few_tokens_may_cost_less_than_half_of_twice_as_many() -> None:
         pacer.note(16, 4, 0.05 + seconds[16])
         pacer.note(32, 4, 0.05 + seconds[32])
     assert SHARE_OF_PROMPTS * 0.05 / (seconds[16] / 16) > 32 > SHARE_OF_PROMPTS * 0.05 / (seconds[32] / 32)
-    assert pacer.budget(4, has_seniors=True) == 16, "the price of 16 tokens would have allowed 32"
+    assert pacer.budget(4, has_seniors=True) == 24, "the price of 16 tokens would have allowed 32"
 
 
 def test_a_size_that_looked_too_dear_is_tried_again() -> None:
@@ -150,13 +150,13 @@ def test_a_step_that_took_no_time_by_the_clock_teaches_nothing() -> None:
     assert pacer.budget(4, has_seniors=True) == 4096
 
 
-def test_budgets_are_multiples_of_a_chunk_or_half_a_one_or_the_least() -> None:
+def test_budgets_are_multiples_of_a_chunk_or_parts_of_one_or_the_least() -> None:
     budgets = [paced(limit_s=number / 1000).budget(4, has_seniors=True) for number in range(1, 400, 7)]
     assert len(set(budgets)) > 10
-    assert budgets[0] == SMALLEST_CHUNK < HALF_CHUNK == CHUNK / 2
-    assert all(budget % CHUNK == 0 for budget in budgets if budget not in (SMALLEST_CHUNK, HALF_CHUNK))
-    limits = (0.015, 0.017, 0.031, 0.033, 0.063)
-    assert [paced(limit_s=limit_s).budget(4, has_seniors=True) for limit_s in limits] == [12, 16, 16, 32, 32]
+    assert budgets[0] == SMALLEST_CHUNK < min(PARTS_OF_CHUNK)
+    assert all(budget % CHUNK == 0 for budget in budgets if budget not in (SMALLEST_CHUNK, *PARTS_OF_CHUNK))
+    limits = (0.015, 0.017, 0.025, 0.033, 0.063)
+    assert [paced(limit_s=limit_s).budget(4, has_seniors=True) for limit_s in limits] == [12, 16, 24, 32, 32]
 
 
 def test_now_and_then_a_step_goes_without_prompts_and_growing_streams_are_no_cost_of_theirs() -> None:
