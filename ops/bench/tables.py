@@ -36,16 +36,22 @@ TABLES: dict[str, Table] = {
     "lora": Table("lora.json", lora.table_of_file),
     "peers": Table("peers.json", results.table),
     "peers-zen4": Table("peers-zen4.json", results.table),
+    "peers-zen5": Table("peers-zen5.json", results.table),
     "prefix": Table("prefix.json", prefix.table),
     "prefix-zen4": Table("prefix-zen4.json", prefix.table),
+    "prefix-zen5": Table("prefix-zen5.json", prefix.table),
     "scaling": Table("scaling.json", scaling.table),
     "scaling-zen4": Table("scaling-zen4.json", scaling.table),
+    "scaling-zen5": Table("scaling-zen5.json", scaling.table),
     "serving": Table("serving.json", serving_peers.table),
     "serving-zen4": Table("serving-zen4.json", serving_peers.table),
+    "serving-zen5": Table("serving-zen5.json", serving_peers.table),
     "long-prompts": Table("long_prompts.json", long_prompts.table),
     "long-prompts-zen4": Table("long_prompts-zen4.json", long_prompts.table),
+    "long-prompts-zen5": Table("long_prompts-zen5.json", long_prompts.table),
     "speculation": Table("speculation.json", speculation.table_of_file),
     "speculation-zen4": Table("speculation-zen4.json", speculation.table_of_file),
+    "speculation-zen5": Table("speculation-zen5.json", speculation.table_of_file),
     "triton": Table("triton.json", kernels.summary),
 }
 
@@ -53,7 +59,9 @@ PLOTS: dict[str, Table] = {
     "scaling-batch.svg": Table("scaling.json", partial(scaling.plot, varied="batch")),
     "scaling-context.svg": Table("scaling.json", partial(scaling.plot, varied="context")),
     "scaling-batch-zen4.svg": Table("scaling-zen4.json", partial(scaling.plot, varied="batch")),
+    "scaling-batch-zen5.svg": Table("scaling-zen5.json", partial(scaling.plot, varied="batch")),
     "scaling-context-zen4.svg": Table("scaling-zen4.json", partial(scaling.plot, varied="context")),
+    "scaling-context-zen5.svg": Table("scaling-zen5.json", partial(scaling.plot, varied="context")),
 }
 
 
