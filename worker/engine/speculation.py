@@ -214,6 +214,8 @@ class Speculator:
             request.lookup = lookup
             lookups[request.request_id] = lookup
             guesses += [(-chance, request.request_id) for chance in lookup.chances(count)]
+        if not guesses:
+            return {}
         # no guess is likelier than those before it, so the likeliest of all are the first ones of each request
         guesses.sort()
         num_chosen = self._num_worthwhile(len(requests), [-negative for negative, _ in guesses])
@@ -232,7 +234,7 @@ class Speculator:
     def _num_worthwhile(self, num_rows: int, chances: Sequence[float]) -> int:
         """How many of these guesses, the likeliest first, a step should try: the number that brings most tokens a
         second. What was never measured is assumed to cost a quarter of a row for each draft."""
-        if not chances or not self.times.can_compare(num_rows):
+        if not self.times.can_compare(num_rows):
             return 0
         best, best_rate, factor, num_before = 0, LEAST_GAIN * num_rows, 1.0, 0
         for count in _doubling(min(len(chances), MAX_DRAFTS_PER_STEP)):
