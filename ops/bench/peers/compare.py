@@ -24,6 +24,7 @@ from ops.bench.peers.pipe import Request
 from ops.bench.peers.results import Found, best_settings, merge
 from ops.bench.peers.workloads import least_seconds, requests_of, warming
 from ops.bench.roofline import Machine, best
+from worker.kernels.build import cpu_flags
 
 SWEEP_ROUNDS = 2
 NUM_STARTS = 3
@@ -235,9 +236,7 @@ def key_of(site: Site, workload: str) -> dict[str, str]:
 
 def origin() -> dict[str, Any]:
     """When and where."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    known = {name.strip(): value.strip() for name, _, value in lines}
-    flags = known.get("flags", "").split()
+    flags = cpu_flags()
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {

@@ -230,17 +230,18 @@ std::atomic<bool> are_passing{false};  // weights, leaving shared caches to othe
 template <int ROWS, bool ARE_PASSING>
 INLINE void stream_tile(const bf16* const* x, int64_t at, const bf16* packed, Register (&sums)[ROWS][PARTS], int first) {
     constexpr int COLUMNS = TILE / WIDTH;
-    Register own[ROWS][COLUMNS], weights;
+    Register own[ROWS][COLUMNS];
     asm volatile("" ::: "memory");  // each tile loads rows anew: all pairs of a step are more than registers hold
     for (int row = 0; row < ROWS; ++row) memcpy(own[row], &sums[row][first], sizeof own[row]);
     for (int pair = 0; pair < STEP / 2; ++pair)
         for (int column = 0; column < COLUMNS; ++column, packed += 2 * WIDTH) {
-            if (ARE_PASSING) weights = (Register)load_in_passing(packed);
+            Units weights;
+            if (ARE_PASSING) weights = load_in_passing(packed);
             else memcpy(&weights, packed, sizeof weights);
             for (int row = 0; row < ROWS; ++row) {
                 uint32_t numbers;
                 memcpy(&numbers, x[row] + at + 2 * pair, sizeof numbers);
-                own[row][column] = add_pairs(own[row][column], numbers, (Units)weights);
+                own[row][column] = add_pairs(own[row][column], numbers, weights);
             }
         }
     for (int row = 0; row < ROWS; ++row) memcpy(&sums[row][first], own[row], sizeof own[row]);
